@@ -114,7 +114,7 @@ def finetune(
     encoder: nn.Module, head: nn.Module,          # `requires_grad` says what trains; both change in place
     pairs: PairCorpus, table: TextTable,          # images with groups; the embedded texts of each group
     epochs: int, batch_size: int = 128,           # passes; pairs a step
-    lr: float = 1e-3, head_lr: float = 1e-4, weight_decay: float = 0.01, # AdamW
+    lr: float = 1e-3, head_lr: float = 1e-3, weight_decay: float = 0.01, # AdamW
     collisions: str = "positives",                # pairs that share a text: `positives` or `negatives`
     extra=lambda: 0.0,                            # a term added to the loss, such as replay consistency
     seed: int = 0, state: Path | None = None      # of order, views and texts; file to resume from
@@ -140,13 +140,13 @@ def finetune(
 
 # %% ../nbs/03_train.ipynb #b4324e5b
 DEFAULTS = dict(encoder="tf_efficientnet_lite0", corpus="emojishift-keywords", adapter="film", source="recorded", blocks=[], memory=64, rank=64, epochs=1,
-                batch_size=128, lr=1e-3, head_lr=1e-4, weight_decay=0.01, collisions="positives", consistency=0.0, text_tower="minilm", seed=0)
+                batch_size=128, lr=1e-3, head_lr=1e-3, weight_decay=0.01, collisions="positives", consistency=0.0, text_tower="minilm", seed=0)
 
-def data_digest(root: str | Path = "") -> str:
-    "A short hash of EmojiShift's canaries and of the shipped encoders' files."
+def data_digest(encoder: str, root: str | Path = "") -> str:
+    "A short hash of EmojiShift's canaries and, for a shipped encoder, of its file."
     import hashlib
     folder = data_folder(root)
-    files = [folder / "emojishift/canary.json", *sorted((folder / "encoders").glob("*.safetensors"))]
+    files = [f for f in (folder / "emojishift/canary.json", folder / f"encoders/{encoder}.safetensors") if f.is_file()]
     return digest([hashlib.sha256(f.read_bytes()).hexdigest() for f in files])
 
 def run_name(
@@ -156,7 +156,7 @@ def run_name(
     "Readable front, and a hash of parameters, code and data that makes the name unique."
     p = {**DEFAULTS, **{k: v for k, v in params.items() if k in DEFAULTS}}
     what = p["adapter"] + ("-" + p["source"] if p["adapter"] == "token-replay" else "")
-    stamp = digest([p, code_digest("data", "adapters", "losses", "train"), data_digest(root)], 8)
+    stamp = digest([p, code_digest("data", "adapters", "losses", "train"), data_digest(p["encoder"], root)], 8)
     return f"{what}-{p['corpus'].removeprefix('emojishift-')}-{p['encoder'].split('.')[0]}-s{p['seed']}-{stamp}"
 
 def runs_folder(runs: str | Path = "") -> Path:
@@ -255,7 +255,7 @@ def train_run(
     theta_0 = {k: v.clone() for k, v in encoder.state_dict().items()}
     history = finetune(encoder, head, pairs, table, **{k: p[k] for k in ("epochs", "batch_size", "lr", "head_lr", "weight_decay", "collisions", "seed")},
                        extra=_consistency(encoder, p["consistency"]), state=folder / "state.pt")
-    info = dict(parameters=p, name=folder.name, history=history, encoder_digest=base, pairs=len(pairs.images), **provenance(encoder, root), seconds=round(time.time() - start, 1))
+    info = dict(parameters=p, name=folder.name, history=history, encoder_digest=base, pairs=len(pairs.images), data=data_digest(p["encoder"], root), **provenance(encoder, root), seconds=round(time.time() - start, 1))
     save_run(folder, theta_0, encoder.state_dict(), info)
     (folder / "state.pt").unlink(missing_ok=True)
     return folder
@@ -272,6 +272,6 @@ def provenance(encoder: nn.Module, root: str | Path = "") -> dict:
     "What a reader needs to trust a number: code, data, versions, weights trained, peak memory."
     import timm, open_clip
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=data_folder(root).parent, capture_output=True, text=True).stdout.strip()
-    return dict(code=code_digest("data", "adapters", "losses", "train"), git=git, data=data_digest(root), trained=sum(q.numel() for q in encoder.parameters() if q.requires_grad),
+    return dict(code=code_digest("data", "adapters", "losses", "train"), git=git, trained=sum(q.numel() for q in encoder.parameters() if q.requires_grad),
                 versions=dict(python=sys.version.split()[0], torch=torch.__version__, timm=timm.__version__, open_clip=open_clip.__version__),
                 peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1 if sys.platform == "darwin" else 1024) // (1024 if sys.platform == "darwin" else 1))

@@ -1,0 +1,44 @@
+# make study   set up, then the whole default study -> figures/emojishift     (STUDY=grid SEEDS=3, DATA=/path, CORES=8)
+# make test    set up, then every test: the notebooks, then tests/
+# make docs    the documentation site -> _docs/
+# make readme  README.md from nbs/index.ipynb, numbers computed from data/results
+# make lab     JupyterLab on the chapters
+# make clean   remove the environment and built files; runs/ and figures/ stay
+PYTHON ?= python3
+STUDY  ?= emojishift
+SEEDS  ?= 1
+DATA   ?=
+CORES  ?= all
+VENV   := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: setup study test docs readme lab clean
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: settings.ini setup.py constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet uv
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+study: setup
+	snakemake --cores $(CORES) --quiet rules --rerun-triggers mtime --rerun-incomplete --keep-going --config study=$(STUDY) seeds=$(SEEDS) data=$(DATA)
+	@echo "figures are in figures/$(STUDY)"
+
+test: setup
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
+	pytest -q
+
+docs: setup
+	rm -rf _proc _docs && nbdev_proc_nbs && cp -r figures _proc/ && smalldocs render _proc --quiet && mv _proc/_docs _docs
+	@echo "open _docs/index.html"
+
+readme: setup
+	mkdir -p runs && wlsft-run nbs/index.ipynb runs/README.ipynb
+	jupyter nbconvert --to markdown --no-input --output-dir . runs/README.ipynb
+
+lab: setup
+	jupyter lab nbs/
+
+clean:
+	rm -rf $(VENV) _proc _docs *.egg-info .pytest_cache .snakemake

@@ -1,0 +1,64 @@
+# The study as a graph: every run trains (chapter 03), is swept over alpha (05), and all rows together give the figures (09).
+# A run's folder is named by a hash of parameters, code and data, so what is there is never computed again.
+#   snakemake --config study=grid seeds=3 data=/path        (the Makefile's `study` does this)
+from wlsft.study import check_range, expand_study
+from wlsft.train import run_name, runs_folder
+
+STUDY = config.get("study", "emojishift")
+DATA = str(config.get("data", "") or "")
+RUNS = str(config.get("runs", "") or "runs")
+SPEC = expand_study(f"nbs/studies/{STUDY}.yaml", check_range("seeds", int(config.get("seeds", 1)), 1, 100, integer=True))
+STEPS = {run_name(p, DATA): p.pop("steps", 10) for p in SPEC}    # of alpha; a run may ask for fewer
+PARAMS = {run_name(p, DATA): p for p in SPEC}
+
+
+def flags(p: dict) -> str:
+    "Parameters as wlsft-run wants them; values are YAML."
+    return " ".join(f"-p {k} '{v}'" for k, v in p.items())
+
+
+wildcard_constraints:
+    run=r"[^/]+",
+
+
+localrules: collect,
+
+
+rule all:
+    input: f"figures/{STUDY}/alpha.png",
+
+
+rule train:
+    output: f"{RUNS}/{{run}}/run.json", f"{RUNS}/{{run}}/theta.safetensors",
+    log: f"{RUNS}/{{run}}/train.log",
+    params: lambda w: flags(dict(PARAMS[w.run], study=STUDY, data=DATA, runs=RUNS)),
+    threads: 1
+    resources: mem_mb=4000, runtime=120
+    shell: "OMP_NUM_THREADS={threads} wlsft-run nbs/03_train.ipynb {RUNS}/{wildcards.run}/train.ipynb {params} > {log} 2>&1"
+
+
+rule sweep:
+    input: rules.train.output,
+    output: f"{RUNS}/{{run}}/rows.parquet",
+    log: f"{RUNS}/{{run}}/sweep.log",
+    params: lambda w: flags(dict(run=w.run, study=STUDY, steps=STEPS[w.run], cells=STEPS[w.run] == 10, data=DATA, runs=RUNS)),
+    threads: 1
+    resources: mem_mb=4000, runtime=120
+    shell: "OMP_NUM_THREADS={threads} wlsft-run nbs/05_interpolation.ipynb {RUNS}/{wildcards.run}/sweep.ipynb {params} -p out {output} > {log} 2>&1"
+
+
+rule collect:
+    input: expand(f"{RUNS}/{{run}}/rows.parquet", run=PARAMS),
+    output: f"{RUNS}/studies/{STUDY}/rows.parquet",
+    run:
+        from wlsft.figures import read_rows
+        from wlsft.interpolation import write_rows
+        write_rows(read_rows(input), output[0])
+
+
+rule figures:
+    input: rules.collect.output,
+    output: f"figures/{STUDY}/alpha.png",
+    log: f"{RUNS}/studies/{STUDY}/figures.log",
+    params: lambda w: flags(dict(rows=f"{RUNS}/studies/{STUDY}", out=f"figures/{STUDY}", draws=2000, data=DATA)),
+    shell: "wlsft-run nbs/09_figures.ipynb {RUNS}/studies/{STUDY}/figures.ipynb {params} > {log} 2>&1"

@@ -1,0 +1,86 @@
+"What holds the project together: parameter cells, dependency lists, sizes, and a study's graph."
+import re
+import subprocess
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from wlsft.study import notebook_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+BUILD = sorted((ROOT / "nbs/build").glob("*.ipynb"))
+
+
+def settings():
+    cfg = ConfigParser(delimiters=["="])
+    cfg.read(ROOT / "settings.ini")
+    return cfg["DEFAULT"]
+
+
+@pytest.mark.parametrize("path", CHAPTERS + BUILD, ids=lambda p: p.stem)
+def test_one_tagged_parameter_cell_of_literals(path):
+    assert notebook_parameters(path)  # raises unless exactly one cell is tagged and all values are literals
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_chapter_is_a_chapter(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert cells[0].source.startswith("# ") and "\n> " in cells[0].source
+    for word in ("**Question.**", "**Method.**", "**What you will see.**"):
+        assert word in cells[0].source
+    exported = [c.source.count("\n") + 1 for c in cells if c.source.startswith("#| export")]
+    assert exported and max(exported) <= 60
+    words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown")
+    lines = sum(c.source.count("\n") + 1 for c in cells if c.cell_type == "code")
+    assert words > 1.5 * lines
+
+
+def test_nbdev_clean_keeps_the_parameters_tag(tmp_path):
+    copy = tmp_path / CHAPTERS[0].name
+    copy.write_bytes(CHAPTERS[0].read_bytes())
+    subprocess.run(["nbdev_clean", "--fname", str(copy)], cwd=ROOT, check=True)
+    assert notebook_parameters(copy) == notebook_parameters(CHAPTERS[0])
+
+
+def test_environment_yml_names_the_same_dependencies():
+    env = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = next(d["pip"] for d in env["dependencies"] if isinstance(d, dict))
+    assert sorted(pip) == sorted(settings()["requirements"].split() + settings()["dev_requirements"].split())
+
+
+def test_constraints_pin_every_dependency():
+    pins = {re.split("==", line)[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    wanted = settings()["requirements"].split() + settings()["dev_requirements"].split()
+    assert {re.split("[<>=]", w)[0].lower().replace("_", "-") for w in wanted} <= pins
+
+
+def test_sizes_in_git():
+    files = [ROOT / f for f in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()]
+    sizes = {f: f.stat().st_size for f in files if f.is_file()}
+    assert max(sizes.values()) < 15e6 and sum(sizes.values()) < 100e6
+
+
+def test_every_figure_has_its_table():
+    for png in (ROOT / "figures").rglob("*.png"):
+        assert png.with_suffix(".csv").is_file() or png.stem == "contact_sheet", png
+
+
+@pytest.mark.parametrize("study", sorted(p.stem for p in (ROOT / "nbs/studies").glob("*.yaml")))
+def test_study_expands_to_known_parameters(study):
+    from wlsft.study import check_parameters, expand_study
+    from wlsft.train import check_train, run_name, DEFAULTS
+    defaults = notebook_parameters(ROOT / "nbs/03_train.ipynb")
+    runs = expand_study(ROOT / f"nbs/studies/{study}.yaml", 2)
+    for run in runs:
+        run.pop("steps", None)
+        check_train({**DEFAULTS, **check_parameters(run, defaults)})
+    assert len({run_name(r) for r in runs}) == len(runs)
+
+
+def test_chapter_defaults_are_the_library_defaults():
+    from wlsft.train import DEFAULTS
+    defaults = notebook_parameters(ROOT / "nbs/03_train.ipynb")
+    assert {k: defaults[k] for k in DEFAULTS} == DEFAULTS
