@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ParameterError', 'check_choice', 'check_range', 'atomic_write', 'write_json', 'digest', 'code_digest', 'progress',
-           'notebook_parameters', 'check_parameters', 'run_notebook', 'main', 'expand_study']
+           'notebook_parameters', 'check_parameters', 'run_notebook', 'parse_value', 'main', 'expand_study']
 
 # %% ../nbs/00_study.ipynb #02e30d01
 import ast, contextlib, hashlib, json, os, sys, tempfile
@@ -131,17 +131,24 @@ def run_notebook(
     os.replace(failed, output)
     return output
 
-# %% ../nbs/00_study.ipynb #b14a2d19
+# %% ../nbs/00_study.ipynb #73588a8c
+def parse_value(
+    text: str # as typed
+) -> Any:
+    "A Python literal (`1e-5`, `[0, 1]`), else YAML's true, false and null, else the text itself."
+    try: return ast.literal_eval(text)
+    except (ValueError, SyntaxError): return {"true": True, "false": False, "null": None}.get(text, text)
+
 def main(
     argv: list[str] | None = None # arguments; the command line's by default
 ) -> None:
-    "`wlsft-run NOTEBOOK OUTPUT [-p NAME VALUE]...`: values are Python or YAML literals."
-    import argparse, yaml
+    "`wlsft-run NOTEBOOK OUTPUT [-p NAME VALUE]...`: values as `parse_value` reads them."
+    import argparse
     parser = argparse.ArgumentParser("wlsft-run", description="Run a chapter with papermill; unknown parameters and changed types are refused.")
     parser.add_argument("notebook"); parser.add_argument("output")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter")
     args = parser.parse_args(argv)
-    try: run_notebook(args.notebook, args.output, {k: yaml.safe_load(v) for k, v in args.p})
+    try: run_notebook(args.notebook, args.output, {k: parse_value(v) for k, v in args.p})
     except (ParameterError, FileNotFoundError) as e: sys.exit(f"wlsft-run: {e}")
 
 # %% ../nbs/00_study.ipynb #8e8d11d4

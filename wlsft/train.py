@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .adapters import ADAPTERS, SOURCES, adapt, add_film, add_token_replay, is_adapter, load_encoder, prepare
+from .adapters import ADAPTERS, SOURCES, adapt, add_film, add_token_replay, is_adapter, load_encoder, prepare, replay_sites
 from .data import CORPORA, DataError, PairCorpus, data_folder, emojishift_pairs, load_emojishift, random_views
 from .losses import TextTable, answers, contrastive_loss, embed_texts, prompt_templates, replay_consistency
 from .study import ParameterError, atomic_write, check_choice, check_range, code_digest, digest, progress, write_json
@@ -109,7 +109,14 @@ def train_step(encoder, head, opt, views, text, group, factor: float, extra=lamb
     opt.step()
     return loss.item()
 
-# %% ../nbs/03_train.ipynb #0c84edaf
+# %% ../nbs/03_train.ipynb #2edf0a35
+def _consistency(encoder: nn.Module, weight: float):
+    "The replay-consistency term as a function of no arguments; nothing at weight 0."
+    if not weight: return lambda: 0.0
+    held = {k.removesuffix(".replay.memory"): v for k, v in encoder.named_buffers() if k.endswith(".replay.memory")}
+    with torch.no_grad(): frozen = answers(encoder, held)
+    return lambda: weight * replay_consistency(encoder, held, frozen)
+
 def finetune(
     encoder: nn.Module, head: nn.Module,          # `requires_grad` says what trains; both change in place
     pairs: PairCorpus, table: TextTable,          # images with groups; the embedded texts of each group
@@ -138,7 +145,7 @@ def finetune(
         if state: save_state(state, modules, opt, epoch + 1, history)
     return history
 
-# %% ../nbs/03_train.ipynb #b4324e5b
+# %% ../nbs/03_train.ipynb #111db2c1
 DEFAULTS = dict(encoder="tf_efficientnet_lite0", corpus="emojishift-keywords", adapter="film", source="recorded", blocks=[], memory=64, rank=64, epochs=1,
                 batch_size=128, lr=1e-3, head_lr=1e-3, weight_decay=0.01, collisions="positives", consistency=0.0, text_tower="minilm", seed=0)
 
@@ -163,7 +170,7 @@ def runs_folder(runs: str | Path = "") -> Path:
     "Where runs are kept: the given folder, else `runs/` of the repository."
     return Path(runs) if str(runs) else data_folder().parent / "runs"
 
-# %% ../nbs/03_train.ipynb #8b31f329
+# %% ../nbs/03_train.ipynb #37b1a6fd
 @dataclass(frozen=True)
 class Run:
     "A trained run: the adapted encoder at `theta_0`, both parameter sets with equal keys, and `run.json`."
@@ -200,7 +207,7 @@ def load_run(
     except Exception as e: raise DataError(f"{folder / 'theta.safetensors'} is missing or cut short ({e})") from e
     return _rebuild(folder.name, info, saved, root)
 
-# %% ../nbs/03_train.ipynb #d5f19b83
+# %% ../nbs/03_train.ipynb #8049436a
 def _rebuild(name: str, info: dict, saved: dict, root: str | Path) -> Run:
     "Attach the adapter's modules and fill both parameter sets."
     p, part = info["parameters"], lambda t: {k[8:]: v for k, v in saved.items() if k.startswith(t)}
@@ -209,8 +216,7 @@ def _rebuild(name: str, info: dict, saved: dict, root: str | Path) -> Run:
     if weights_digest(encoder) != info["encoder_digest"]: raise DataError(f"run {name} was tuned from other weights of {p['encoder']} than those at hand")
     if p["adapter"] == "film": add_film(encoder, p["blocks"])
     if p["adapter"] == "token-replay":
-        sites = dict.fromkeys(k.rpartition(".replay.")[0] for k in one)
-        memories = {s: one.get(f"{s}.replay.memory") for s in sorted(sites, key=lambda s: int(s.split(".")[1]))}
+        memories = {s: one.get(f"{s}.replay.memory") for s in replay_sites(encoder) if f"{s}.replay.q.weight" in one}
         add_token_replay(encoder, memories, p["rank"], learned=p["source"] == "learned")
     unknown = sorted((one.keys() | zero.keys()) - encoder.state_dict().keys())
     if unknown: raise DataError(f"run {name} holds tensors that {p['encoder']} with {p['adapter']} does not have: {unknown[:3]}")
@@ -226,7 +232,7 @@ def weights_digest(encoder: nn.Module) -> str:
     for k, v in sorted(encoder.state_dict().items()): h.update(k.encode() + v.cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/03_train.ipynb #50734fd6
+# %% ../nbs/03_train.ipynb #3305983d
 def check_train(p: dict) -> None:
     "Refuse a wrong value of any training parameter before work starts."
     check_choice("corpus", p["corpus"], CORPORA); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("source", p["source"], SOURCES)
@@ -260,14 +266,7 @@ def train_run(
     (folder / "state.pt").unlink(missing_ok=True)
     return folder
 
-# %% ../nbs/03_train.ipynb #732260b6
-def _consistency(encoder: nn.Module, weight: float):
-    "The replay-consistency term as a function of no arguments; nothing at weight 0."
-    if not weight: return lambda: 0.0
-    held = {k.removesuffix(".replay.memory"): v for k, v in encoder.named_buffers() if k.endswith(".replay.memory")}
-    with torch.no_grad(): frozen = answers(encoder, held)
-    return lambda: weight * replay_consistency(encoder, held, frozen)
-
+# %% ../nbs/03_train.ipynb #4c2416ef
 def provenance(encoder: nn.Module, root: str | Path = "") -> dict:
     "What a reader needs to trust a number: code, data, versions, weights trained, peak memory."
     import timm, open_clip
