@@ -7,7 +7,7 @@ __all__ = ['SHIPPED', 'SOURCES', 'ADAPTERS', 'load_encoder', 'prepare', 'replay_
            'add_film', 'fold_film', 'TokenReplay', 'as_tokens', 'record_tokens', 'make_memory', 'add_token_replay',
            'adapt', 'is_adapter']
 
-# %% ../nbs/01_adapters.ipynb #a1de644a
+# %% ../nbs/01_adapters.ipynb #d1d457c9
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import nn
 from .data import DataError, data_folder
 from .study import ParameterError, check_choice, check_range
 
-# %% ../nbs/01_adapters.ipynb #4353a188
+# %% ../nbs/01_adapters.ipynb #2dbd6767
 SHIPPED = ("tf_efficientnet_lite0", "vit_tiny_emojishift")
 
 def _lite0() -> nn.Module:
@@ -58,7 +58,7 @@ def load_encoder(
     else: raise ParameterError(f"encoder = {name!r} is not known; allowed: {', '.join(SHIPPED)}, or a timm model such as {', '.join(timm.list_models('*vit*dino*', pretrained=True)[:2])}")
     return model.eval()
 
-# %% ../nbs/01_adapters.ipynb #08a07bc9
+# %% ../nbs/01_adapters.ipynb #ec49e978
 def prepare(
     encoder: nn.Module,   # a timm model
     images: torch.Tensor  # (N, 3, H, W): uint8, or float in [0, 1]
@@ -71,7 +71,7 @@ def prepare(
     mean, std = (torch.tensor(cfg[k], device=x.device)[:, None, None] for k in ("mean", "std"))
     return (x - mean) / std
 
-# %% ../nbs/01_adapters.ipynb #01e4355e
+# %% ../nbs/01_adapters.ipynb #587d4771
 def replay_sites(
     encoder: nn.Module # a timm model
 ) -> dict[str, nn.Module]: # module name -> module, in order of depth
@@ -96,7 +96,7 @@ def block_names(
     for b in blocks: check_range("blocks", b, 0, len(names) - 1, integer=True)
     return [names[b] for b in blocks] if len(blocks) else names
 
-# %% ../nbs/01_adapters.ipynb #658ab132
+# %% ../nbs/01_adapters.ipynb #76563343
 class FiLM(nn.Module):
     "Scale and shift of channels, `(D,)` each; the identity at the start."
     def __init__(self,
@@ -135,7 +135,7 @@ def add_film(
         slot.register_forward_hook(_apply_film)
     return encoder
 
-# %% ../nbs/01_adapters.ipynb #2767245f
+# %% ../nbs/01_adapters.ipynb #093af2fd
 @torch.no_grad()
 def fold_film(
     encoder: nn.Module # with FiLM; changed in place
@@ -150,7 +150,7 @@ def fold_film(
             if hook is _apply_film: del slot._forward_hooks[key]
     return encoder
 
-# %% ../nbs/01_adapters.ipynb #bb465723
+# %% ../nbs/01_adapters.ipynb #665e94fe
 SOURCES = ("recorded", "learned", "register", "gaussian", "depth")
 
 class TokenReplay(nn.Module):
@@ -187,7 +187,7 @@ def as_tokens(x: torch.Tensor) -> torch.Tensor:
     "`(N, D, H, W)` as `(N, H*W, D)`; a sequence stays as it is."
     return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
 
-# %% ../nbs/01_adapters.ipynb #c6911739
+# %% ../nbs/01_adapters.ipynb #5d8d85c3
 @torch.inference_mode()
 def record_tokens(
     encoder: nn.Module, images: torch.Tensor, # a timm model; uint8 (N, 3, H, W)
@@ -228,7 +228,7 @@ def make_memory(
     draws = torch.randn(m, tokens.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (tokens.double().mean(0) + draws * values.clamp(min=0).sqrt() @ vectors.T).float()
 
-# %% ../nbs/01_adapters.ipynb #a37abd00
+# %% ../nbs/01_adapters.ipynb #7f3f6317
 def _apply_replay(module, args): return (module.replay(args[0]), *args[1:])
 def _keep_tokens(module, args): module.__dict__["kept"] = as_tokens(args[0])
 
@@ -260,7 +260,7 @@ def _widths(encoder: nn.Module) -> dict[str, int]:
     image = torch.zeros(1, *encoder.pretrained_cfg["input_size"], dtype=torch.uint8)
     return {n: t.shape[1] for n, t in record_tokens(encoder, image, list(replay_sites(encoder)), limit=1).items()}
 
-# %% ../nbs/01_adapters.ipynb #63d14a69
+# %% ../nbs/01_adapters.ipynb #a3553250
 ADAPTERS = ("full", "film", "token-replay")
 
 def adapt(

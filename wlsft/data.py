@@ -7,7 +7,7 @@ __all__ = ['ID_STYLES', 'OOD_STYLES', 'CORPORA', 'DataError', 'data_folder', 'fi
            'load_emojishift', 'Suite', 'emojishift_suite', 'PairCorpus', 'emojishift_pairs', 'random_affine',
            'random_colour', 'random_views']
 
-# %% ../nbs/00_data.ipynb #245e028e
+# %% ../nbs/00_data.ipynb #170cd828
 import functools, hashlib, io, json, math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from .study import check_choice, progress
 
-# %% ../nbs/00_data.ipynb #95b6cb3b
+# %% ../nbs/00_data.ipynb #cddbbddc
 class DataError(RuntimeError):
     "Data are missing, cut short or changed; the message names the file and what was expected."
 
@@ -32,7 +32,7 @@ def data_folder(
     if not path.is_dir(): raise DataError(f"no data folder at {path}; it should hold emojishift/*.parquet and encoders/*.safetensors")
     return path
 
-# %% ../nbs/00_data.ipynb #a000eb56
+# %% ../nbs/00_data.ipynb #41b4ec07
 ID_STYLES = ("twemoji", "noto", "noto-v1", "fluent-flat")
 OOD_STYLES = ("openmoji", "fluent", "fluent-high-contrast", "emojione", "emojione-v1", "emojione-monotone")
 CORPORA = ("emojishift-prompts", "emojishift-names", "emojishift-keywords")
@@ -59,7 +59,7 @@ def read_style(
     if want != have: raise DataError(f"{path} is not the file that was shipped: expected {want}, found {have}")
     return table
 
-# %% ../nbs/00_data.ipynb #3bc09cdd
+# %% ../nbs/00_data.ipynb #cad6b2f2
 @dataclass(frozen=True)
 class EmojiShift:
     "All images and their rows, in the same order."
@@ -85,7 +85,7 @@ def load_emojishift(
     "EmojiShift, decoded once a process; raises `DataError` if a file is missing or changed."
     return _load(data_folder(root) / "emojishift", tuple(styles))
 
-# %% ../nbs/00_data.ipynb #0e677d44
+# %% ../nbs/00_data.ipynb #9f46fad9
 @dataclass(frozen=True)
 class Suite:
     "Named evaluation sets over one tensor of images. All indices point into `images`."
@@ -112,7 +112,7 @@ def emojishift_suite(
     banks = {"id": {s: sets["id-train"] for s in sets}, "ood": own, "mixed": {s: pick(ID_STYLES + OOD_STYLES, "train") for s in sets}}
     return Suite("emojishift", emoji.images, torch.from_numpy(t.label.to_numpy()), t.concept.to_numpy(), emoji.classes, sets, shift, banks)
 
-# %% ../nbs/00_data.ipynb #213d7890
+# %% ../nbs/00_data.ipynb #dab5c37a
 @dataclass(frozen=True)
 class PairCorpus:
     "Images with weak text. `texts[group[i]]` are the alternative texts of image i."
@@ -141,7 +141,7 @@ def emojishift_pairs(
         texts = [[n] if corpus == "emojishift-names" else [", ".join([n, *k])] for n, k in zip(first.name, first.keywords)]
     return PairCorpus(corpus, emoji.images[torch.from_numpy(rows)], group, texts)
 
-# %% ../nbs/00_data.ipynb #031289a7
+# %% ../nbs/00_data.ipynb #9c0db0e1
 def random_affine(
     n: int, g: torch.Generator,               # how many, and the source of chance
     scale: tuple[float, float] = (0.5, 1.0),  # area of the crop, of the image
@@ -170,7 +170,7 @@ def random_colour(
     luma = x.mean(1, keepdim=True)
     return (luma + (x - luma) * torch.where(r() < gray, 0.0, factor())).clamp(0, 1)
 
-# %% ../nbs/00_data.ipynb #46f1edd1
+# %% ../nbs/00_data.ipynb #0034f992
 def random_views(
     images: torch.Tensor, g: torch.Generator,   # uint8 (N, 3, H, W); the source of chance
     size: int = 64,                             # side of the views

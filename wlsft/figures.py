@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'KEY', 'LOOK', 'NAMES', 'CELLS', 'HUES', 'MARKS', 'read_ro
            'differences', 'SHORT', 'label_of', 'set_style', 'save_table', 'save_figure', 'chosen_alpha', 'figure_alpha',
            'selected', 'figure_paths', 'figure_bars', 'figure_k', 'figure_styles']
 
-# %% ../nbs/09_figures.ipynb #ff2c66c1
+# %% ../nbs/09_figures.ipynb #cee9593f
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .data import ID_STYLES, OOD_STYLES, DataError
 from .knn_eval import ConceptBootstrap, interval
 from .study import ParameterError, atomic_write, check_choice
 
-# %% ../nbs/09_figures.ipynb #0d47b19a
+# %% ../nbs/09_figures.ipynb #a6ce6f55
 COLUMNS = ["study", "run", "method", "corpus", "encoder", "adapter", "seed", "alpha", "protocol", "k", "temperature", "set", "split", "metric", "value", "n", "correct", "concept"]
 
 def read_rows(
@@ -39,7 +39,7 @@ def read_rows(
     if not len(table): raise ParameterError("no rows: run `make study` first, or name a folder that holds rows.parquet files")
     return table.drop_duplicates(["run", "alpha", "protocol", "k", "temperature", "set", "metric"], ignore_index=True)
 
-# %% ../nbs/09_figures.ipynb #bd5e79aa
+# %% ../nbs/09_figures.ipynb #0718b85d
 KEY = ["encoder", "corpus", "adapter", "alpha"]
 
 def bootstrap_table(
@@ -70,7 +70,7 @@ def differences(t: pd.DataFrame) -> pd.DataFrame:
     zero = t[t.alpha == 0].set_index([*KEY[:3], "set"]).draws
     return t.assign(draws=[d - zero[tuple(k)] for d, k in zip(t.draws, t[[*KEY[:3], "set"]].to_numpy())])
 
-# %% ../nbs/09_figures.ipynb #1a106b5a
+# %% ../nbs/09_figures.ipynb #724a7827
 LOOK = {"ID": ("#0072B2", "o", "-"), "OOD": ("#D55E00", "s", "--")}
 NAMES = {"full": "full fine-tuning", "film": "FiLM", "token-replay:recorded": "token replay", "token-replay:learned": "learned tokens", "token-replay:register": "one register",
          "token-replay:gaussian": "Gaussian tokens", "token-replay:depth": "earlier tokens"}
@@ -101,7 +101,7 @@ def save_figure(fig: plt.Figure, table: pd.DataFrame, folder: str | Path, name: 
     if not str(folder): return
     with atomic_write(Path(folder) / f"{name}.png") as p: fig.savefig(p, metadata={"Software": None})
 
-# %% ../nbs/09_figures.ipynb #8b619f39
+# %% ../nbs/09_figures.ipynb #f70d21dd
 def chosen_alpha(t: pd.DataFrame) -> pd.Series:
     "The alpha of each encoder, corpus and adapter with the best ID-validation accuracy (mean over seeds; ties: the smaller)."
     val = t[t["set"] == "VAL"].assign(v=lambda d: d.draws.map(lambda a: a[0])).sort_values([*KEY[:3], "v", "alpha"], ascending=[True] * 3 + [False, True])
@@ -128,14 +128,14 @@ def figure_alpha(t: pd.DataFrame, cells: Sequence = CELLS) -> tuple[plt.Figure, 
     axes[0, 0].legend(loc="best", handlelength=1.8)
     return fig, d
 
-# %% ../nbs/09_figures.ipynb #15f92c80
+# %% ../nbs/09_figures.ipynb #982ec5f6
 def selected(t: pd.DataFrame) -> pd.DataFrame:
     "Paired change from alpha = 0 at the ID-selected alpha and at alpha = 1, for ID, OOD and each style."
     best, d = chosen_alpha(t), differences(t)
     at = pd.Series([best.get(tuple(k)) for k in d[KEY[:3]].to_numpy()], index=d.index)
     return with_interval(pd.concat([d[d.alpha == at].assign(choice="ID-selected"), d[d.alpha == 1].assign(choice="alpha = 1")], ignore_index=True))
 
-# %% ../nbs/09_figures.ipynb #a2d1d76f
+# %% ../nbs/09_figures.ipynb #3d6d6e7a
 def _logit(p): return np.log(np.asarray(p) / (100 - np.asarray(p)))
 
 def figure_paths(t: pd.DataFrame) -> tuple[plt.Figure, pd.DataFrame]:
@@ -160,7 +160,7 @@ def figure_paths(t: pd.DataFrame) -> tuple[plt.Figure, pd.DataFrame]:
     fig.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
     return fig, d
 
-# %% ../nbs/09_figures.ipynb #a2cafbcf
+# %% ../nbs/09_figures.ipynb #f83b867c
 def figure_bars(d: pd.DataFrame, column: str, order: Sequence[str]) -> plt.Figure:
     "Bars with intervals for ID and OOD, one group a value of `column`, one row an encoder; `d` has encoder, set, value, low, high."
     encoders = sorted(set(d.encoder))
@@ -177,7 +177,7 @@ def figure_bars(d: pd.DataFrame, column: str, order: Sequence[str]) -> plt.Figur
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return fig
 
-# %% ../nbs/09_figures.ipynb #4229812a
+# %% ../nbs/09_figures.ipynb #1c4d1c70
 def figure_k(rows: pd.DataFrame, cells: Sequence = CELLS) -> tuple[plt.Figure, pd.DataFrame]:
     "Accuracy against k at alpha = 0 and alpha = 1 (mean over seeds), ID and OOD mean, one row an encoder."
     d = rows[(rows.protocol == "id") & rows.split.isin(LOOK) & (rows["set"] != "id-val") & rows.alpha.isin([0, 1])]
@@ -196,7 +196,7 @@ def figure_k(rows: pd.DataFrame, cells: Sequence = CELLS) -> tuple[plt.Figure, p
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     return fig, d
 
-# %% ../nbs/09_figures.ipynb #47214dd2
+# %% ../nbs/09_figures.ipynb #96a7eb1b
 def figure_styles(changes: pd.DataFrame, cells: Sequence = CELLS) -> tuple[plt.Figure, pd.DataFrame]:
     "Paired change of each OOD style at the ID-selected alpha, one panel an encoder."
     d = changes[(changes.choice == "ID-selected") & changes["set"].isin(OOD_STYLES)]

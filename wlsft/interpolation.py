@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'interpolate', 'alpha_sweep', 'write_rows']
 
-# %% ../nbs/05_interpolation.ipynb #ff2c66c1
+# %% ../nbs/05_interpolation.ipynb #cee9593f
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .knn_eval import KS, knn_rows, needed
 from .study import ParameterError, atomic_write, check_range, progress
 from .train import Run, embed, load_run
 
-# %% ../nbs/05_interpolation.ipynb #9b895d35
+# %% ../nbs/05_interpolation.ipynb #e8ad7aba
 def interpolate(
     theta_0: dict[str, torch.Tensor], theta_1: dict[str, torch.Tensor], # pretrained and fine-tuned state dicts
     alpha: float,                # 0 gives theta_0, 1 gives theta_1
@@ -31,7 +31,7 @@ def interpolate(
     near = theta_1 if alpha >= 0.5 else theta_0
     return {k: alpha * theta_1[k] + (1 - alpha) * theta_0[k] if near[k].is_floating_point() and not torch.equal(theta_0[k], theta_1[k]) else near[k] for k in theta_0}
 
-# %% ../nbs/05_interpolation.ipynb #46889f1e
+# %% ../nbs/05_interpolation.ipynb #2be6e742
 METHODS = {"full": "WLSFT-full", "film": "WLSFT-FiLM", "token-replay": "WLSFT-TR"}
 
 def alpha_sweep(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KS', 'knn_search', 'knn_search_faiss', 'knn_votes', 'knn_rows', 'needed', 'ConceptBootstrap', 'interval']
 
-# %% ../nbs/04_knn_eval.ipynb #47c334b9
+# %% ../nbs/04_knn_eval.ipynb #9fa6431b
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +17,7 @@ from .study import ParameterError, check_choice, check_range
 
 KS = (1, 5, 10, 20, 50, 100, 200)
 
-# %% ../nbs/04_knn_eval.ipynb #70a813fb
+# %% ../nbs/04_knn_eval.ipynb #ce2b054b
 def _exact_topk(sim: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Top k of each row by (similarity, then lowest index), whatever the ties."
     more = min(k + 1, sim.shape[1])
@@ -59,7 +59,7 @@ def knn_search_faiss(query: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[t
     values, found = index.search(F.normalize(query, dim=1).numpy(), k)
     return torch.from_numpy(values), torch.from_numpy(found)
 
-# %% ../nbs/04_knn_eval.ipynb #136a891e
+# %% ../nbs/04_knn_eval.ipynb #937641d7
 @torch.inference_mode()
 def knn_votes(
     cosines: torch.Tensor, labels: torch.Tensor, # (N, K), falling; (N, K) labels of those neighbours
@@ -76,7 +76,7 @@ def knn_votes(
         out[k], done = total / total.sum(1, keepdim=True), k
     return out
 
-# %% ../nbs/04_knn_eval.ipynb #11c67d7e
+# %% ../nbs/04_knn_eval.ipynb #fc643c3b
 def knn_rows(
     features: torch.Tensor, suite: Suite,      # (N, D) aligned with `suite.images`; rows of unused images are not read
     sets: Sequence[str] | None = None,         # which query sets; None: all
@@ -107,7 +107,7 @@ def needed(suite: Suite, sets: Sequence[str], banks: Sequence[str] = ("id",)) ->
     parts = [suite.sets[s] for s in sets] + [suite.banks[b][s] for b in banks for s in sets]
     return torch.cat(parts).unique()
 
-# %% ../nbs/04_knn_eval.ipynb #ffe45189
+# %% ../nbs/04_knn_eval.ipynb #9c55e7e3
 class ConceptBootstrap:
     "Shared bootstrap draws over concepts; element 0 of every answer is the plain estimate."
     def __init__(self,

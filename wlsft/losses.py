@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_text_tower', 'TextTable', 'embed_texts', 'prompt_templates', 'contrastive_loss', 'answers', 'replay_consistency']
 
-# %% ../nbs/02_losses.ipynb #fb889448
+# %% ../nbs/02_losses.ipynb #8086f502
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from torch import nn
 from .adapters import replay_sites
 from .study import ParameterError, atomic_write, check_choice, code_digest, digest
 
-# %% ../nbs/02_losses.ipynb #0da5d787
+# %% ../nbs/02_losses.ipynb #6f28088f
 @functools.cache
 def load_text_tower(
     name: str = "minilm"                          # `minilm`, or "MODEL/TAG" of open_clip
@@ -44,7 +44,7 @@ def load_text_tower(
         return torch.cat([F.normalize(forward(tokenizer(list(c))).float(), dim=-1) for c in chunks])
     return encode
 
-# %% ../nbs/02_losses.ipynb #28fddb0c
+# %% ../nbs/02_losses.ipynb #798516a3
 @dataclass(frozen=True)
 class TextTable:
     "Embedded texts of a pair corpus, all groups end to end."
@@ -80,13 +80,13 @@ def embed_texts(
             with atomic_write(path) as p: save_file({"vectors": vectors}, p)
     return TextTable(vectors, count.cumsum(0) - count, count)
 
-# %% ../nbs/02_losses.ipynb #bfe43e58
+# %% ../nbs/02_losses.ipynb #85e433a4
 def prompt_templates() -> list[Callable[[str], str]]:
     "The seven simple ImageNet templates of open_clip (OpenAI's selection): functions from class name to text."
     import open_clip
     return list(open_clip.SIMPLE_IMAGENET_TEMPLATES)
 
-# %% ../nbs/02_losses.ipynb #12bdf110
+# %% ../nbs/02_losses.ipynb #665824af
 def contrastive_loss(
     image: torch.Tensor, text: torch.Tensor, # (N, E) each; rows are normalised here
     scale: torch.Tensor | float,             # multiplies the cosines; CLIP starts at 1 / 0.07
@@ -101,7 +101,7 @@ def contrastive_loss(
     own = (logits * positive).sum(1) / count, (logits * positive).sum(0) / count
     return ((logits.logsumexp(1) - own[0] + logits.logsumexp(0) - own[1]) / 2 - count.log()).mean()
 
-# %% ../nbs/02_losses.ipynb #af695220
+# %% ../nbs/02_losses.ipynb #dffe6d35
 def answers(
     encoder: nn.Module,               # a timm model, adapted or not
     memories: dict[str, torch.Tensor] # site -> (m, D)

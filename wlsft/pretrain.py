@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['small_vit', 'pixels', 'principal', 'distil_loss', 'DINOHead', 'dino_loss', 'follow', 'distil', 'dino']
 
-# %% ../nbs/build/pretrain.ipynb #75f35b17
+# %% ../nbs/build/pretrain.ipynb #424f99ef
 import copy, math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from .data import random_views
 from .study import atomic_write, progress
 from .train import schedule
 
-# %% ../nbs/build/pretrain.ipynb #8aa03e4e
+# %% ../nbs/build/pretrain.ipynb #cf79ba72
 def small_vit() -> nn.Module: # 12 blocks, 192 wide, 16-pixel patches, 64-pixel images
     "The study's ViT with random weights; other image sizes are allowed, for DINO's small crops."
     import timm
@@ -31,7 +31,7 @@ def pixels(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(model.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
     return (x - mean) / std
 
-# %% ../nbs/build/pretrain.ipynb #d5e2f26c
+# %% ../nbs/build/pretrain.ipynb #6cfe4e96
 @torch.no_grad()
 def principal(
     teacher: nn.Module, images: torch.Tensor, # an encoder; uint8 (N, 3, H, W)
@@ -41,7 +41,7 @@ def principal(
     f = torch.cat([teacher(pixels(teacher, batch.float() / 255)) for batch in images.split(64)])
     return f.mean(0), torch.linalg.svd(f - f.mean(0), full_matrices=False)[2][:dim].T.contiguous()
 
-# %% ../nbs/build/pretrain.ipynb #1856a93b
+# %% ../nbs/build/pretrain.ipynb #177a8951
 def distil_loss(
     mapped: torch.Tensor, feature: torch.Tensor, # student: its feature mapped to the targets' space (N, P), and raw (N, D)
     want: torch.Tensor,                          # (N, P): the teacher's, centred and projected
@@ -52,7 +52,7 @@ def distil_loss(
     neighbours = F.kl_div(near(feature).log_softmax(1), near(want).softmax(1), reduction="batchmean")
     return (1 - F.cosine_similarity(mapped, want, dim=-1)).mean() + neighbours
 
-# %% ../nbs/build/pretrain.ipynb #363add03
+# %% ../nbs/build/pretrain.ipynb #33096a10
 class DINOHead(nn.Module):
     "MLP, bottleneck of unit length, weight-normalised prototypes (Caron et al. 2021)."
     def __init__(self, dim: int, prototypes: int = 2048, hidden: int = 512, bottleneck: int = 128):
@@ -77,7 +77,7 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     "Exponential moving average of the student's parameters, in place."
     for a, b in zip(teacher.parameters(), student.parameters()): a.lerp_(b, 1 - momentum)
 
-# %% ../nbs/build/pretrain.ipynb #345df34f
+# %% ../nbs/build/pretrain.ipynb #ad80420c
 def _fit(modules: nn.Module, n: int, step: Callable, epochs: int, batch_size: int, lr: float, seed: int, after_epoch: Callable, name: str) -> None:
     "AdamW with warm-up and cosine over `step(indices, generator, share done)`; `after_epoch(epoch)` may look at the model."
     params = [p for p in modules.parameters() if p.requires_grad]
@@ -106,7 +106,7 @@ def distil(vit: nn.Module, images: torch.Tensor, epochs: int, batch_size: int, l
         return distil_loss(mapped.float(), h.float(), (want - mean) @ basis)
     _fit(nn.ModuleList([vit.train(), to_want]), len(images), step, epochs, batch_size, lr, seed, after_epoch, "distil")
 
-# %% ../nbs/build/pretrain.ipynb #29e2e36e
+# %% ../nbs/build/pretrain.ipynb #060ee19f
 def dino(vit: nn.Module, images: torch.Tensor, epochs: int, batch_size: int, lr: float = 3e-4, momentum: float = 0.99, seed: int = 0, after_epoch: Callable = lambda e, teacher: None) -> nn.Module:
     "Phase two: DINO from the weights of `vit`; returns the momentum teacher, which is what one keeps."
     student = nn.ModuleList([vit.train(), DINOHead(vit.num_features)])

@@ -6,13 +6,13 @@
 __all__ = ['ParameterError', 'check_choice', 'check_range', 'atomic_write', 'write_json', 'digest', 'code_digest', 'progress',
            'notebook_parameters', 'check_parameters', 'run_notebook', 'parse_value', 'main', 'expand_study']
 
-# %% ../nbs/00_study.ipynb #02e30d01
+# %% ../nbs/00_study.ipynb #fec56cac
 import ast, contextlib, hashlib, json, os, sys, tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/00_study.ipynb #1e3118c4
+# %% ../nbs/00_study.ipynb #f9068b88
 class ParameterError(ValueError):
     "A parameter's value is outside what is allowed; the message names the parameter, the value and the choices."
 
@@ -36,7 +36,7 @@ def check_range(
         raise ParameterError(f"{name} = {value!r} is not allowed; it must be {'a whole number' if integer else 'a number'} from {low} to {high}")
     return value
 
-# %% ../nbs/00_study.ipynb #fa72be49
+# %% ../nbs/00_study.ipynb #baf71021
 @contextlib.contextmanager
 def atomic_write(
     path: str | Path # the file to make; its folder is made if it is missing
@@ -57,7 +57,7 @@ def write_json(path: str | Path, value: Any) -> None:
     "Write `value` as indented JSON, atomically."
     with atomic_write(path) as p: p.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
-# %% ../nbs/00_study.ipynb #6c46daa0
+# %% ../nbs/00_study.ipynb #1662913f
 def digest(
     value: Any, # anything that JSON can hold
     n: int = 10 # characters
@@ -72,7 +72,7 @@ def code_digest(
     folder = Path(__file__).parent if "__file__" in globals() else Path(sys.modules["wlsft"].__file__).parent
     return hashlib.sha256(b"".join((folder / f"{m}.py").read_bytes() for m in sorted(modules))).hexdigest()[:10]
 
-# %% ../nbs/00_study.ipynb #7a50164e
+# %% ../nbs/00_study.ipynb #6d2d1353
 def progress(
     items: Iterable, # what to walk through
     desc: str = "",  # a few words
@@ -83,7 +83,7 @@ def progress(
     quiet = any(os.environ.get(v) for v in ("IN_TEST", "PYTEST_CURRENT_TEST", "WLSFT_QUIET"))
     return tqdm(items, desc=desc, disable=quiet, leave=False, **kwargs)
 
-# %% ../nbs/00_study.ipynb #d3cce16e
+# %% ../nbs/00_study.ipynb #14a1d8f5
 def notebook_parameters(
     path: str | Path # a notebook
 ) -> dict[str, Any]: # name -> default
@@ -112,7 +112,7 @@ def check_parameters(
         out[name] = value
     return out
 
-# %% ../nbs/00_study.ipynb #558565fd
+# %% ../nbs/00_study.ipynb #ac844b94
 def run_notebook(
     notebook: str | Path,   # the chapter
     output: str | Path,     # where the executed copy goes; not under the notebook's own folder
@@ -131,7 +131,7 @@ def run_notebook(
     os.replace(failed, output)
     return output
 
-# %% ../nbs/00_study.ipynb #73588a8c
+# %% ../nbs/00_study.ipynb #f0fba198
 def parse_value(
     text: str # as typed
 ) -> Any:
@@ -151,7 +151,7 @@ def main(
     try: run_notebook(args.notebook, args.output, {k: parse_value(v) for k, v in args.p})
     except (ParameterError, FileNotFoundError) as e: sys.exit(f"wlsft-run: {e}")
 
-# %% ../nbs/00_study.ipynb #8e8d11d4
+# %% ../nbs/00_study.ipynb #4a37c3be
 def expand_study(
     path: str | Path, # a YAML file of `nbs/studies`
     seeds: int = 1    # seeds 0 .. seeds-1 of every run

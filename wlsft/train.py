@@ -7,7 +7,7 @@ __all__ = ['DEFAULTS', 'embed', 'ridge', 'PairHead', 'schedule', 'save_state', '
            'finetune', 'data_digest', 'run_name', 'runs_folder', 'Run', 'save_run', 'load_run', 'weights_digest',
            'check_train', 'train_run', 'provenance']
 
-# %% ../nbs/03_train.ipynb #30cbd78a
+# %% ../nbs/03_train.ipynb #ace373de
 import json, math, os, resource, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from .data import CORPORA, DataError, PairCorpus, data_folder, emojishift_pairs,
 from .losses import TextTable, answers, contrastive_loss, embed_texts, prompt_templates, replay_consistency
 from .study import ParameterError, atomic_write, check_choice, check_range, code_digest, digest, progress, write_json
 
-# %% ../nbs/03_train.ipynb #bb892adf
+# %% ../nbs/03_train.ipynb #9c8d57ff
 @torch.inference_mode()
 def embed(
     encoder: nn.Module, images: torch.Tensor, # a timm model; uint8 (N, 3, H, W)
@@ -36,7 +36,7 @@ def embed(
     finally: encoder.train(mode)
     return torch.cat(out)
 
-# %% ../nbs/03_train.ipynb #7cddcc8b
+# %% ../nbs/03_train.ipynb #719348bc
 def ridge(
     x: torch.Tensor, y: torch.Tensor, # (N, D) and (N, E)
     strength: float = 1.0             # lambda, in units of the mean eigenvalue of the centred X'X
@@ -60,7 +60,7 @@ class PairHead(nn.Module):
         "`(N, D)` features to `(N, E)`."
         return F.linear(feature, self.weight, self.bias)
 
-# %% ../nbs/03_train.ipynb #322257dc
+# %% ../nbs/03_train.ipynb #e0276b59
 def schedule(
     step: int, steps: int, # which, of how many
     warmup: float = 0.1    # share of the steps spent rising
@@ -69,7 +69,7 @@ def schedule(
     rise = max(1, round(warmup * steps))
     return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
-# %% ../nbs/03_train.ipynb #76c7d36c
+# %% ../nbs/03_train.ipynb #ec22af73
 def save_state(path: Path, modules: dict, optimizer, epoch: int, history: list) -> None:
     "Everything a resumed run needs: trainable weights, optimiser state, epochs done, losses so far."
     weights = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters() if p.requires_grad}
@@ -86,7 +86,7 @@ def load_state(path: Path, modules: dict, optimizer) -> tuple[int, list]:
     optimizer.load_state_dict(state["optimizer"])
     return state["epoch"], state["history"]
 
-# %% ../nbs/03_train.ipynb #63d4beea
+# %% ../nbs/03_train.ipynb #39f8e2d4
 def optimiser(encoder: nn.Module, head: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
     "AdamW; matrices decay, vectors (norms, biases, FiLM) do not; the head has its own rate."
     trained = [p for p in encoder.parameters() if p.requires_grad]
@@ -109,7 +109,7 @@ def train_step(encoder, head, opt, views, text, group, factor: float, extra=lamb
     opt.step()
     return loss.item()
 
-# %% ../nbs/03_train.ipynb #2edf0a35
+# %% ../nbs/03_train.ipynb #1b87e506
 def _consistency(encoder: nn.Module, weight: float):
     "The replay-consistency term as a function of no arguments; nothing at weight 0."
     if not weight: return lambda: 0.0
@@ -145,7 +145,7 @@ def finetune(
         if state: save_state(state, modules, opt, epoch + 1, history)
     return history
 
-# %% ../nbs/03_train.ipynb #111db2c1
+# %% ../nbs/03_train.ipynb #5da11f24
 DEFAULTS = dict(encoder="tf_efficientnet_lite0", corpus="emojishift-keywords", adapter="film", source="recorded", blocks=[], memory=64, rank=64, epochs=1,
                 batch_size=128, lr=1e-3, head_lr=1e-3, weight_decay=0.01, collisions="positives", consistency=0.0, text_tower="minilm", seed=0)
 
@@ -170,7 +170,7 @@ def runs_folder(runs: str | Path = "") -> Path:
     "Where runs are kept: the given folder, else `runs/` of the repository."
     return Path(runs) if str(runs) else data_folder().parent / "runs"
 
-# %% ../nbs/03_train.ipynb #37b1a6fd
+# %% ../nbs/03_train.ipynb #e14e4527
 @dataclass(frozen=True)
 class Run:
     "A trained run: the adapted encoder at `theta_0`, both parameter sets with equal keys, and `run.json`."
@@ -207,7 +207,7 @@ def load_run(
     except Exception as e: raise DataError(f"{folder / 'theta.safetensors'} is missing or cut short ({e})") from e
     return _rebuild(folder.name, info, saved, root)
 
-# %% ../nbs/03_train.ipynb #8049436a
+# %% ../nbs/03_train.ipynb #f716c269
 def _rebuild(name: str, info: dict, saved: dict, root: str | Path) -> Run:
     "Attach the adapter's modules and fill both parameter sets."
     p, part = info["parameters"], lambda t: {k[8:]: v for k, v in saved.items() if k.startswith(t)}
@@ -232,7 +232,7 @@ def weights_digest(encoder: nn.Module) -> str:
     for k, v in sorted(encoder.state_dict().items()): h.update(k.encode() + v.cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/03_train.ipynb #3305983d
+# %% ../nbs/03_train.ipynb #5722c5db
 def check_train(p: dict) -> None:
     "Refuse a wrong value of any training parameter before work starts."
     check_choice("corpus", p["corpus"], CORPORA); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("source", p["source"], SOURCES)
@@ -266,7 +266,7 @@ def train_run(
     (folder / "state.pt").unlink(missing_ok=True)
     return folder
 
-# %% ../nbs/03_train.ipynb #4c2416ef
+# %% ../nbs/03_train.ipynb #f2c1725d
 def provenance(encoder: nn.Module, root: str | Path = "") -> dict:
     "What a reader needs to trust a number: code, data, versions, weights trained, peak memory."
     import timm, open_clip
