@@ -110,7 +110,7 @@ def emojishift_suite(
     shift = {s: "SEEN" if s == "id-train" or s.endswith("/seen") else "ID" if s.startswith("id-") else "OOD" for s in sets}
     own = {s: pick([s.removesuffix("/seen")], "train") if s.removesuffix("/seen") in ood else sets["id-train"] for s in sets}
     banks = {"id": {s: sets["id-train"] for s in sets}, "ood": own, "mixed": {s: pick(ID_STYLES + OOD_STYLES, "train") for s in sets}}
-    return Suite("emojishift", emoji.images, torch.from_numpy(t.label.to_numpy()), t.concept.to_numpy(), emoji.classes, sets, shift, banks)
+    return Suite("emojishift", emoji.images, torch.tensor(t.label.to_numpy(copy=True)), t.concept.to_numpy(), emoji.classes, sets, shift, banks)
 
 # %% ../nbs/00_data.ipynb #dab5c37a
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def emojishift_pairs(
     rows = np.flatnonzero((t.label >= 0) & t["style"].isin(ID_STYLES) & (t.split == "train"))
     t = t.iloc[rows]
     if corpus == "emojishift-prompts":
-        group = torch.from_numpy(t.label.to_numpy())
+        group = torch.tensor(t.label.to_numpy(copy=True))
         texts = [[f(c.replace("-", " ")) for f in templates or [str]] for c in emoji.classes]
     else:
         codes, _ = pd.factorize(t.concept)

@@ -68,9 +68,10 @@ def digest(
 def code_digest(
     *modules: str # module names inside the package, such as "losses"
 ) -> str:
-    "A short SHA-256 over the source of the named `wlsft` modules."
-    folder = Path(__file__).parent if "__file__" in globals() else Path(sys.modules["wlsft"].__file__).parent
-    return hashlib.sha256(b"".join((folder / f"{m}.py").read_bytes() for m in sorted(modules))).hexdigest()[:10]
+    "A short SHA-256 over the syntax trees of the named `wlsft` modules: comments and layout do not count."
+    import wlsft
+    trees = [ast.dump(ast.parse((Path(wlsft.__file__).parent / f"{m}.py").read_text())) for m in sorted(modules)]
+    return hashlib.sha256("".join(trees).encode()).hexdigest()[:10]
 
 # %% ../nbs/00_study.ipynb #6d2d1353
 def progress(
