@@ -88,7 +88,7 @@ def label_of(adapter: str, corpus: str) -> str:
 
 def set_style() -> None:
     "Seaborn's ticks, paper-sized letters, no frame."
-    sns.set_theme(context="paper", style="ticks", font_scale=0.95, rc={"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110, "savefig.dpi": 150, "legend.frameon": False})
+    sns.set_theme(context="paper", style="ticks", font_scale=0.95, rc={"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 80, "savefig.dpi": 150, "legend.frameon": False})
 
 def save_table(table: pd.DataFrame, folder: str | Path, name: str) -> None:
     "`name.csv` in `folder`, atomically; nothing if `folder` is empty."
@@ -122,6 +122,7 @@ def figure_alpha(t: pd.DataFrame, cells: Sequence = CELLS) -> tuple[plt.Figure, 
                 ax.fill_between(g.alpha, g.low, g.high, color=colour, alpha=0.13, lw=0)
                 g = g[g.alpha == best.get((enc, corpus, adapter), -1)]
                 ax.plot(g.alpha, g.value, mark, mfc="white", mec=colour, ms=6)
+            if d[(d.encoder == enc) & (d.adapter == adapter) & (d.corpus == corpus)].empty: ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", color="0.5")
             if i == 0: ax.set_title(f"{NAMES[adapter]}\non {SHORT(corpus)}")
             if i == len(encoders) - 1: ax.set_xlabel(r"$\alpha$")
         axes[i, 0].set_ylabel(f"{enc}\nk-NN accuracy (%)")
