@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'KEY', 'LOOK', 'NAMES', 'CELLS', 'HUES', 'MARKS', 'read_rows', 'bootstrap_table', 'with_interval',
-           'differences', 'SHORT', 'label_of', 'set_style', 'save_table', 'save_figure', 'chosen_alpha', 'figure_alpha',
-           'selected', 'figure_paths', 'figure_bars', 'figure_k', 'figure_styles']
+           'differences', 'SHORT', 'prefer', 'label_of', 'set_style', 'save_table', 'save_figure', 'chosen_alpha',
+           'figure_alpha', 'selected', 'figure_paths', 'figure_bars', 'figure_k', 'figure_styles']
 
 # %% ../nbs/09_figures.ipynb #cee9593f
 from collections.abc import Sequence
@@ -82,6 +82,11 @@ def SHORT(corpus: str) -> str:
     "A corpus' name without the data set's."
     return corpus.removeprefix("emojishift-")
 
+def prefer(d: pd.DataFrame, keep: Sequence[bool]) -> pd.DataFrame:
+    "The rows that `keep` marks, or all of them where it marks none: a study of other cells still gets its figures."
+    keep = np.asarray(keep, bool)
+    return d[keep] if keep.any() else d
+
 def label_of(adapter: str, corpus: str) -> str:
     "How a cell is called in legends."
     return f"{NAMES[adapter]}, {SHORT(corpus)}"
@@ -110,9 +115,10 @@ def chosen_alpha(t: pd.DataFrame) -> pd.Series:
 def figure_alpha(t: pd.DataFrame, cells: Sequence = CELLS) -> tuple[plt.Figure, pd.DataFrame]:
     "k-NN accuracy against alpha, ID and OOD mean, one panel a cell (adapter, corpus), one row an encoder."
     d = with_interval(t[t["set"].isin(LOOK)])
-    d = d[[c in cells for c in zip(d.adapter, d.corpus)]]
+    d = prefer(d, [c in cells for c in zip(d.adapter, d.corpus)])
     encoders, best = sorted(set(d.encoder)), chosen_alpha(t)
-    cells = [c for c in cells if c in set(zip(d.adapter, d.corpus))]
+    present = set(zip(d.adapter, d.corpus))
+    cells = [c for c in cells if c in present] or sorted(present)
     fig, axes = plt.subplots(len(encoders), len(cells), figsize=(2.05 * len(cells) + 0.3, 2.2 * len(encoders) + 0.2), sharex=True, sharey="row", squeeze=False, layout="constrained")
     for i, enc in enumerate(encoders):
         for ax, (adapter, corpus) in zip(axes[i], cells):
@@ -142,14 +148,13 @@ def _logit(p): return np.log(np.asarray(p) / (100 - np.asarray(p)))
 def figure_paths(t: pd.DataFrame) -> tuple[plt.Figure, pd.DataFrame]:
     "OOD mean against ID along alpha on logit axes, one panel an encoder, one line an adapter and corpus."
     d = with_interval(t[t["set"].isin(LOOK)]).pivot(index=KEY, columns="set", values="value").reset_index()
-    d = d[d.adapter.isin(["full", "film", "token-replay:recorded"])]
-    d = d[d.groupby(KEY[:3]).alpha.transform("size") > 2]
+    d = prefer(d, d.groupby(KEY[:3]).alpha.transform("size") > 2)
     encoders = sorted(set(d.encoder))
     fig, axes = plt.subplots(1, len(encoders), figsize=(2.9 * len(encoders) + 1.8, 3.0), squeeze=False, layout="constrained")
     for ax, enc in zip(axes[0], encoders):
         for (adapter, corpus), g in d[d.encoder == enc].sort_values("alpha").groupby(["adapter", "corpus"]):
-            ax.plot(_logit(g.ID), _logit(g.OOD), color=HUES[adapter], ls=MARKS[corpus][1], lw=1.3, label=label_of(adapter, corpus))
-            ax.plot(_logit(g.ID.iloc[-1]), _logit(g.OOD.iloc[-1]), "D", color=HUES[adapter], ms=4)
+            ax.plot(_logit(g.ID), _logit(g.OOD), color=HUES.get(adapter, "0.4"), ls=MARKS[corpus][1], lw=1.3, label=label_of(adapter, corpus))
+            ax.plot(_logit(g.ID.iloc[-1]), _logit(g.OOD.iloc[-1]), "D", color=HUES.get(adapter, "0.4"), ms=4)
         ax.plot(_logit(g.ID.iloc[0]), _logit(g.OOD.iloc[0]), "k*", ms=10, zorder=5)
         x0, y0 = _logit(g.ID.iloc[0]), _logit(g.OOD.iloc[0])
         ax.axline((x0, y0), slope=1, color="0.8", lw=1, zorder=0)
@@ -182,7 +187,7 @@ def figure_bars(d: pd.DataFrame, column: str, order: Sequence[str]) -> plt.Figur
 def figure_k(rows: pd.DataFrame, cells: Sequence = CELLS) -> tuple[plt.Figure, pd.DataFrame]:
     "Accuracy against k at alpha = 0 and alpha = 1 (mean over seeds), ID and OOD mean, one row an encoder."
     d = rows[(rows.protocol == "id") & rows.split.isin(LOOK) & (rows["set"] != "id-val") & rows.alpha.isin([0, 1])]
-    d = d[[c in cells for c in zip(d.adapter, d.corpus)]]
+    d = prefer(d, [c in cells for c in zip(d.adapter, d.corpus)])
     d = d.assign(adapter=np.where(d.alpha == 1, d.adapter, "pretrained"), corpus=np.where(d.alpha == 1, d.corpus, ""))
     d = d.groupby(["encoder", "adapter", "corpus", "split", "k", "seed"], as_index=False).value.mean().groupby(["encoder", "adapter", "corpus", "split", "k"], as_index=False).value.mean()
     encoders = sorted(set(d.encoder))
@@ -201,15 +206,17 @@ def figure_k(rows: pd.DataFrame, cells: Sequence = CELLS) -> tuple[plt.Figure, p
 def figure_styles(changes: pd.DataFrame, cells: Sequence = CELLS) -> tuple[plt.Figure, pd.DataFrame]:
     "Paired change of each OOD style at the ID-selected alpha, one panel an encoder."
     d = changes[(changes.choice == "ID-selected") & changes["set"].isin(OOD_STYLES)]
-    d = d[[c in cells for c in zip(d.adapter, d.corpus)]]
+    d = prefer(d, [c in cells for c in zip(d.adapter, d.corpus)])
+    present = set(zip(d.adapter, d.corpus))
+    cells = [c for c in cells if c in present] or sorted(present)
     encoders = sorted(set(d.encoder))
     fig, axes = plt.subplots(1, len(encoders), figsize=(2.4 * len(encoders) + 2.4, 3.0), sharey=True, squeeze=False, layout="constrained")
     for ax, enc in zip(axes[0], encoders):
-        for j, (a, c) in enumerate(c for c in cells if c in set(zip(d.adapter, d.corpus))):
+        for j, (a, c) in enumerate(cells):
             g = d[(d.encoder == enc) & (d.adapter == a) & (d.corpus == c)].set_index("set").reindex(OOD_STYLES)
             y = np.arange(len(OOD_STYLES)) + (j - 1.5) * 0.18
-            ax.hlines(y, g.low, g.high, color=HUES[a], lw=1.2)
-            ax.plot(g.value, y, MARKS[c][0], color=HUES[a], ms=4, label=label_of(a, c))
+            ax.hlines(y, g.low, g.high, color=HUES.get(a, "0.4"), lw=1.2)
+            ax.plot(g.value, y, MARKS[c][0], color=HUES.get(a, "0.4"), ms=4, label=label_of(a, c))
         ax.axvline(0, color="0.3", lw=0.8)
         ax.set(title=enc, xlabel="change in k-NN accuracy (points)", yticks=range(len(OOD_STYLES)), yticklabels=OOD_STYLES)
     axes[0, 0].invert_yaxis()
