@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'SOURCES', 'ADAPTERS', 'load_encoder', 'prepare', 'replay_sites', 'block_names', 'FiLM', 'film_slots',
-           'add_film', 'fold_film', 'TokenReplay', 'as_tokens', 'record_tokens', 'make_memory', 'add_token_replay',
-           'adapt', 'is_adapter']
+           'add_film', 'fold_film', 'as_tokens', 'read_memory', 'TokenReplay', 'record_tokens', 'make_memory',
+           'site_widths', 'add_token_replay', 'adapt', 'is_adapter']
 
 # %% ../nbs/01_adapters.ipynb #d1d457c9
 import functools
@@ -35,6 +35,7 @@ def _lite0() -> nn.Module:
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
     return model
 
+# %% ../nbs/01_adapters.ipynb #2020fb91
 def _vit_tiny(root: str | Path) -> nn.Module:
     "The shipped ViT: timm's `vit_tiny_patch16_224` at 64 pixels; weights stored in half precision, used in single."
     import timm
@@ -111,6 +112,7 @@ class FiLM(nn.Module):
 
 def _apply_film(module, args, out): return module.film(out)
 
+# %% ../nbs/01_adapters.ipynb #3278888c
 def film_slots(
     encoder: nn.Module, blocks: Sequence[int] = () # a timm model; indices of sites, empty for all
 ) -> dict[str, tuple[nn.Module, nn.Module]]:       # norm's name -> (norm, the module whose output is modulated)
@@ -124,6 +126,7 @@ def film_slots(
             if isinstance(m, nn.BatchNorm2d) and not vit: found[f"{scope}.{k}"] = (m, getattr(m, "drop", m))
     return found
 
+# %% ../nbs/01_adapters.ipynb #cb0b964d
 def add_film(
     encoder: nn.Module,        # changed in place
     blocks: Sequence[int] = () # indices of sites; empty: all
@@ -150,6 +153,23 @@ def fold_film(
             if hook is _apply_film: del slot._forward_hooks[key]
     return encoder
 
+# %% ../nbs/01_adapters.ipynb #1bee0a07
+def as_tokens(x: torch.Tensor) -> torch.Tensor:
+    "`(N, D, H, W)` as `(N, H*W, D)`; a sequence stays as it is."
+    return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+
+def read_memory(
+    x: torch.Tensor, m: torch.Tensor,                           # tokens (N, T, D); memory (m, D') or (N, m, D')
+    q: nn.Linear, k: nn.Linear, v: nn.Linear, o: nn.Linear,     # D to r, D' to r, D' to r, r to D
+    heads: int = 4                                              # that share the bottleneck r
+) -> torch.Tensor:                                              # (N, T, D), to be added to `x`
+    "Multi-head cross-attention from normalised tokens to a normalised memory."
+    split = lambda t: t.unflatten(-1, (heads, -1)).transpose(-2, -3)
+    ln = lambda t: F.layer_norm(t, t.shape[-1:])
+    wq, wk, wv = split(q(ln(x))), split(k(ln(m))), split(v(ln(m)))
+    if m.ndim == 2: wk, wv = wk.expand(len(x), -1, -1, -1), wv.expand(len(x), -1, -1, -1)
+    return o(F.scaled_dot_product_attention(wq, wk, wv).transpose(1, 2).flatten(2))
+
 # %% ../nbs/01_adapters.ipynb #665e94fe
 SOURCES = ("recorded", "learned", "register", "gaussian", "depth")
 
@@ -170,22 +190,11 @@ class TokenReplay(nn.Module):
         self.heads, self.source = heads, ()          # source: the earlier site, in a tuple so that it is not a child of this module
         if learned: self.memory = nn.Parameter(memory.clone())
         else: self.register_buffer("memory", memory)
-    def attend(self, x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-        "What is added to `x` `(N, T, D)` from memory `m` `(m, D)` or `(N, m, D)`."
-        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
-        ln = lambda t: F.layer_norm(t, t.shape[-1:])
-        q, k, v = split(self.q(ln(x))), split(self.k(ln(m))), split(self.v(ln(m)))
-        if m.ndim == 2: k, v = k.expand(len(x), -1, -1, -1), v.expand(len(x), -1, -1, -1)
-        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "`x` `(N, T, D)` or `(N, D, H, W)` plus what its tokens read from the memory."
         m = self.memory if self.memory is not None else self.source[0].__dict__.pop("kept")
-        y = self.attend(as_tokens(x), m)
+        y = read_memory(as_tokens(x), m, self.q, self.k, self.v, self.o, self.heads)
         return x + (y.transpose(1, 2).unflatten(2, x.shape[-2:]) if x.ndim == 4 else y)
-
-def as_tokens(x: torch.Tensor) -> torch.Tensor:
-    "`(N, D, H, W)` as `(N, H*W, D)`; a sequence stays as it is."
-    return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
 
 # %% ../nbs/01_adapters.ipynb #5d8d85c3
 @torch.inference_mode()
@@ -211,6 +220,7 @@ def record_tokens(
         for h in hooks: h.remove()
     return {n: torch.cat(v) for n, v in kept.items()}
 
+# %% ../nbs/01_adapters.ipynb #6d3bc887
 def make_memory(
     tokens: torch.Tensor, source: str,  # (n, D) recorded tokens; one of `SOURCES`
     m: int = 64, seed: int = 0          # how many; of faiss' and the draws' chance
@@ -228,6 +238,14 @@ def make_memory(
     draws = torch.randn(m, tokens.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (tokens.double().mean(0) + draws * values.clamp(min=0).sqrt() @ vectors.T).float()
 
+# %% ../nbs/01_adapters.ipynb #dba8a457
+def site_widths(
+    encoder: nn.Module # a timm model
+) -> dict[str, int]:   # site -> D
+    "Width of the tokens that enter each site, from one blank image."
+    image = torch.zeros(1, *encoder.pretrained_cfg["input_size"], dtype=torch.uint8)
+    return {n: t.shape[1] for n, t in record_tokens(encoder, image, list(replay_sites(encoder)), limit=1).items()}
+
 # %% ../nbs/01_adapters.ipynb #7f3f6317
 def _apply_replay(module, args): return (module.replay(args[0]), *args[1:])
 def _keep_tokens(module, args): module.__dict__["kept"] = as_tokens(args[0])
@@ -240,7 +258,7 @@ def add_token_replay(
     seed: int = 0                             # of the new weights
 ) -> nn.Module:                               # `encoder`
     "Attach a `TokenReplay` at each named site. The first site has none before it, so `depth` cannot start there."
-    sites, widths = replay_sites(encoder), _widths(encoder)
+    sites, widths = replay_sites(encoder), site_widths(encoder)
     order = list(sites)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -254,11 +272,6 @@ def add_token_replay(
             sites[name].replay = replay.to(next(encoder.parameters()).device)
             sites[name].register_forward_pre_hook(_apply_replay)
     return encoder
-
-def _widths(encoder: nn.Module) -> dict[str, int]:
-    "Width of the tokens that enter each site, from one blank image."
-    image = torch.zeros(1, *encoder.pretrained_cfg["input_size"], dtype=torch.uint8)
-    return {n: t.shape[1] for n, t in record_tokens(encoder, image, list(replay_sites(encoder)), limit=1).items()}
 
 # %% ../nbs/01_adapters.ipynb #a3553250
 ADAPTERS = ("full", "film", "token-replay")

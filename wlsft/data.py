@@ -35,7 +35,7 @@ def data_folder(
 # %% ../nbs/00_data.ipynb #41b4ec07
 ID_STYLES = ("twemoji", "noto", "noto-v1", "fluent-flat")
 OOD_STYLES = ("openmoji", "fluent", "fluent-high-contrast", "emojione", "emojione-v1", "emojione-monotone")
-CORPORA = ("emojishift-prompts", "emojishift-names", "emojishift-keywords")
+CORPORA = ("emojishift-prompts", "emojishift-names", "emojishift-keywords", "emojishift-shuffled")   # the last is a control
 
 def fingerprint(
     table: pd.DataFrame # rows of one style
@@ -126,7 +126,7 @@ def emojishift_pairs(
     corpus: str,                # one of `CORPORA`
     templates: list = ()        # functions class name -> text, for the prompts
 ) -> PairCorpus:
-    "Train concepts in ID styles, with the words of one of the three corpora."
+    "Train concepts in ID styles, with the words of one of the three corpora, or with the keywords of another concept (`emojishift-shuffled`)."
     check_choice("corpus", corpus, CORPORA)
     t = emoji.table
     rows = np.flatnonzero((t.label >= 0) & t["style"].isin(ID_STYLES) & (t.split == "train"))
@@ -139,6 +139,9 @@ def emojishift_pairs(
         first = t.drop_duplicates("concept")
         group = torch.from_numpy(codes.astype(np.int64))
         texts = [[n] if corpus == "emojishift-names" else [", ".join([n, *k])] for n, k in zip(first.name, first.keywords)]
+        if corpus == "emojishift-shuffled":                        # one cycle through all concepts: none keeps its own words
+            cycle = np.random.default_rng(0).permutation(len(texts))
+            texts = [texts[j] for j in np.roll(cycle, 1)[np.argsort(cycle)]]
     return PairCorpus(corpus, emoji.images[torch.from_numpy(rows)], group, texts)
 
 # %% ../nbs/00_data.ipynb #9c0db0e1

@@ -76,7 +76,7 @@ NAMES = {"full": "full fine-tuning", "film": "FiLM", "token-replay:recorded": "t
          "token-replay:gaussian": "Gaussian tokens", "token-replay:depth": "earlier tokens"}
 CELLS = [("token-replay:recorded", "emojishift-prompts"), ("token-replay:recorded", "emojishift-names"), ("film", "emojishift-keywords"), ("full", "emojishift-keywords")]
 HUES = {"full": "#0072B2", "film": "#E69F00", "token-replay:recorded": "#009E73"}          # adapters, Okabe and Ito's colours
-MARKS = {"emojishift-prompts": ("^", ":"), "emojishift-names": ("s", "--"), "emojishift-keywords": ("o", "-")}   # corpora
+MARKS = {"emojishift-prompts": ("^", ":"), "emojishift-names": ("s", "--"), "emojishift-keywords": ("o", "-"), "emojishift-shuffled": ("X", "-.")}   # corpora
 
 def SHORT(corpus: str) -> str:
     "A corpus' name without the data set's."
@@ -91,6 +91,7 @@ def label_of(adapter: str, corpus: str) -> str:
     "How a cell is called in legends."
     return f"{NAMES[adapter]}, {SHORT(corpus)}"
 
+# %% ../nbs/09_figures.ipynb #7dc5b2c0
 def set_style() -> None:
     "Seaborn's ticks, paper-sized letters, no frame."
     sns.set_theme(context="paper", style="ticks", font_scale=0.95, rc={"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 80, "savefig.dpi": 150, "legend.frameon": False})

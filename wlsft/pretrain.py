@@ -98,8 +98,8 @@ def distil(vit: nn.Module, images: torch.Tensor, epochs: int, batch_size: int, l
     mean, basis = principal(teacher, images[:: max(1, len(images) // 2048)])
     to_want = nn.Linear(vit.num_features, basis.shape[1])
     def step(pick, g, done):
-        views = random_views(images[pick], g, scale=(0.35, 1.0))
-        with torch.autocast(views.device.type, torch.bfloat16):
+        views = random_views(images[pick], g, scale=(0.5, 1.0))
+        with torch.autocast(views.device.type, torch.bfloat16, enabled=views.is_cuda):
             with torch.no_grad(): want = teacher(pixels(teacher, views)).float()
             h = vit(pixels(vit, views))
             mapped = to_want(h)
@@ -118,7 +118,7 @@ def dino(vit: nn.Module, images: torch.Tensor, epochs: int, batch_size: int, lr:
         large = [pixels(vit, random_views(batch, g, scale=(0.4, 1.0))) for _ in range(2)]
         small = [pixels(vit, random_views(batch, g, size=32, scale=(0.1, 0.4))) for _ in range(4)]
         score = lambda net, x: net[1](net[0](x)).float()
-        with torch.autocast(batch.device.type, torch.bfloat16):
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.is_cuda):
             with torch.no_grad(): want = score(teacher, torch.cat(large)).chunk(2)
             have = [*score(student, torch.cat(large)).chunk(2), *score(student, torch.cat(small)).chunk(4)]
         loss = dino_loss(have, want, centre)
