@@ -1,15 +1,22 @@
 # The study as a graph: every run trains (chapter 03), is swept over alpha (05), and all rows together give the figures (09).
 # A run's folder is named by a hash of parameters, code and data, so what is there is never computed again.
 #   snakemake --config study=grid seeds=3 data=/path        (the Makefile's `study` does this)
+from wlsft.probe import classifier_name
 from wlsft.study import check_range, expand_study
-from wlsft.train import run_name, runs_folder
+from wlsft.train import run_name
 
 STUDY = config.get("study", "emojishift")
 DATA = str(config.get("data", "") or "")
 RUNS = str(config.get("runs", "") or "runs")
 SPEC = expand_study(f"nbs/studies/{STUDY}.yaml", check_range("seeds", int(config.get("seeds", 1)), 1, 100, integer=True))
-STEPS = {run_name(p, DATA): p.pop("steps", 10) for p in SPEC}    # of alpha; a run may ask for fewer
-PARAMS = {run_name(p, DATA): p for p in SPEC}
+NAMES = [(classifier_name if "method" in p else run_name)(p, DATA) for p in SPEC]    # FT and LP-FT are chapter 06's, the rest chapter 03's
+STEPS = {n: p.pop("steps", 10) for n, p in zip(NAMES, SPEC)}                         # of alpha; a run may ask for fewer
+PARAMS = dict(zip(NAMES, SPEC))
+
+
+def chapter(p: dict) -> str:
+    "The notebook that trains a run."
+    return "06_lp_ft" if "method" in p else "03_train"
 
 
 def flags(p: dict) -> str:
@@ -31,10 +38,10 @@ rule all:
 rule train:
     output: f"{RUNS}/{{run}}/run.json", f"{RUNS}/{{run}}/theta.safetensors",
     log: f"{RUNS}/{{run}}/train.log",
-    params: lambda w: flags(dict(PARAMS[w.run], study=STUDY, data=DATA, runs=RUNS)),
+    params: lambda w: flags(dict(PARAMS[w.run], study=STUDY, data=DATA, runs=RUNS)), notebook=lambda w: chapter(PARAMS[w.run]),
     threads: 1
     resources: mem_mb=4000, runtime=120
-    shell: "OMP_NUM_THREADS={threads} wlsft-run nbs/03_train.ipynb {RUNS}/{wildcards.run}/train.ipynb {params} > {log} 2>&1"
+    shell: "OMP_NUM_THREADS={threads} wlsft-run nbs/{params.notebook}.ipynb {RUNS}/{wildcards.run}/train.ipynb {params[0]} > {log} 2>&1"
 
 
 rule sweep:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from wlsft.data import DataError, data_folder
 from wlsft.figures import read_rows
 from wlsft.study import ParameterError
-from wlsft.train import load_run
+from wlsft.runs import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -32,7 +32,7 @@ def _exact_topk(sim: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     return values, index.gather(1, order)
 
-# %% ../nbs/04_knn_eval.ipynb #8d86fe6a
+# %% ../nbs/04_knn_eval.ipynb #6ab8130e
 @torch.inference_mode()
 def knn_search(
     query: torch.Tensor, bank: torch.Tensor, # float32 (N, D) and (B, D); rows are normalised here
@@ -52,7 +52,7 @@ def knn_search(
         out.append(_exact_topk(sim, k))
     return torch.cat([v for v, _ in out]), torch.cat([i for _, i in out])
 
-# %% ../nbs/04_knn_eval.ipynb #6db05dbb
+# %% ../nbs/04_knn_eval.ipynb #b37393c6
 def knn_search_faiss(query: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     "The same through `faiss.IndexFlatIP`, for banks that already live in faiss; the order of ties is not defined."
     import faiss

@@ -61,7 +61,7 @@ class TextTable:
         sums = torch.zeros(len(self.count), self.vectors.shape[1]).index_add_(0, which, self.vectors)
         return (sums / self.count[:, None])[group]
 
-# %% ../nbs/02_losses.ipynb #7697678a
+# %% ../nbs/02_losses.ipynb #726e9880
 def embed_texts(
     texts: list[list[str]],       # alternatives of each group
     tower: str = "minilm",        # see `load_text_tower`

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .adapters import load_encoder, prepare
+from .encoders import load_encoder, prepare
 from .data import random_views
 from .study import atomic_write, progress
 from .train import schedule
