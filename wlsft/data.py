@@ -121,6 +121,7 @@ class PairCorpus:
     group: torch.Tensor       # int64 (N,)
     texts: list[list[str]]    # one list of alternatives a group
 
+# %% ../nbs/00_data.ipynb #dfd1a5bb
 def emojishift_pairs(
     emoji: EmojiShift,          # loaded images
     corpus: str,                # one of `CORPORA`
