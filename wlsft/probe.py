@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'CODE', 'CLASSIFIER', 'check_labels', 'batches', 'moments'
            'fold', 'fit_probe', 'class_objective', 'head_rows', 'check_classifier', 'classifier_name',
            'train_classifier', 'linear_cka', 'block_features', 'distortion']
 
-# %% ../nbs/06_lp_ft.ipynb #82265091
+# %% ../nbs/06_lp_ft.ipynb #0f483458
 import math, time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .runs import name_run, provenance, runs_folder, save_run, weights_digest
 from .study import ParameterError, check_choice, check_range, progress
 from .train import LOOP, embed, finetune
 
-# %% ../nbs/06_lp_ft.ipynb #5c343071
+# %% ../nbs/06_lp_ft.ipynb #f837c899
 def check_labels(features: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     "The classes that occur, sorted. Raises `ParameterError` for what no probe can be fitted to."
     if len(features) != len(labels): raise ParameterError(f"{len(features)} features and {len(labels)} labels; there must be one label a feature")
@@ -47,7 +47,7 @@ def moments(features: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch
     std = var.sqrt()
     return mean.float(), torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0).float()
 
-# %% ../nbs/06_lp_ft.ipynb #bfd0cc1f
+# %% ../nbs/06_lp_ft.ipynb #32250596
 def logistic(
     features: np.ndarray, labels: np.ndarray, rows: np.ndarray, # (N, D); int (N,); which rows are fitted
     strength: float, start: np.ndarray | None = None,           # C, as in scikit-learn; parameters to start from
@@ -74,7 +74,7 @@ def logistic(
     out = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options=dict(maxiter=iterations, maxfun=2 * iterations, gtol=tolerance, ftol=1e-12))
     return out.x.reshape(shape), float(out.fun), bool(abs(out.jac).max() < 10 * tolerance)
 
-# %% ../nbs/06_lp_ft.ipynb #354991af
+# %% ../nbs/06_lp_ft.ipynb #22728e35
 def ridge_path(
     features: np.ndarray, labels: np.ndarray, rows: np.ndarray, # (N, D); int (N,); which rows are fitted
     strengths: Sequence[float],                                 # penalties lambda, as in scikit-learn's RidgeClassifier
@@ -95,7 +95,7 @@ def ridge_path(
         w = (cross @ vectors / (values.clamp(min=0) + s)) @ vectors.T
         yield torch.cat([w, (middle - w @ offset)[:, None]], 1).numpy()
 
-# %% ../nbs/06_lp_ft.ipynb #f30f26c0
+# %% ../nbs/06_lp_ft.ipynb #c698b82b
 def hold_out(labels: np.ndarray, groups: np.ndarray | None = None, share: float = 0.1, seed: int = 0) -> np.ndarray:
     "Boolean `(N,)`: about `share` of the groups of every class that has at least two; never all of a class."
     groups = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
@@ -124,7 +124,7 @@ def fold(theta: np.ndarray, present: np.ndarray, classes: int, scale: tuple[torc
     b[present] = torch.as_tensor(theta[:, -1]) - w[present] @ mean
     return w.float(), b.float()
 
-# %% ../nbs/06_lp_ft.ipynb #20016659
+# %% ../nbs/06_lp_ft.ipynb #255679be
 def fit_probe(
     features: np.ndarray, labels: np.ndarray, classes: int, # (N, D), may be a memory map; int (N,); number of classes C
     kind: str = "logistic",                                 # or `ridge`
@@ -149,7 +149,7 @@ def fit_probe(
     theta = logistic(features, labels, every, best, None, scale)[0] if kind == "logistic" else next(ridge_path(features, labels, every, [1 / best], scale))
     return Probe(*fold(theta, np.unique(labels), classes, scale), table, best)
 
-# %% ../nbs/06_lp_ft.ipynb #2c050502
+# %% ../nbs/06_lp_ft.ipynb #aabcf3a0
 def class_objective(head: nn.Linear, labels: torch.Tensor) -> Callable:
     "Cross-entropy of the head's scores with `labels` `(N,)`, as an objective for `finetune`."
     return lambda feature, pick, g: F.cross_entropy(head(feature), labels[pick].to(feature.device))
@@ -167,7 +167,7 @@ def head_rows(
                          correct=right.tolist(), concept=suite.concepts[queries].tolist()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/06_lp_ft.ipynb #b5a3fccf
+# %% ../nbs/06_lp_ft.ipynb #acfc0915
 METHODS, CODE = ("FT", "LP-FT"), ("data", "encoders", "adapters", "train", "probe")
 CLASSIFIER = dict(method="LP-FT", encoder="vit_tiny_emojishift", adapter="full", source="recorded", blocks=[], memory=64, rank=64, epochs=1,
                   batch_size=128, lr=3e-4, head_lr=1e-3, weight_decay=0.01, batch_norm="frozen", strengths=45, seed=0)
@@ -183,7 +183,7 @@ def classifier_name(params: dict, root: str | Path = "") -> str:
     p = {**CLASSIFIER, **{k: v for k, v in params.items() if k in CLASSIFIER}}
     return name_run(f"{p['method']}-{p['adapter']}", p, CODE, root)
 
-# %% ../nbs/06_lp_ft.ipynb #511ffe39
+# %% ../nbs/06_lp_ft.ipynb #1abe2f98
 def train_classifier(
     params: dict,                                # some of `CLASSIFIER`
     runs: str | Path = "", root: str | Path = "" # where runs are kept; the data folder
@@ -211,7 +211,7 @@ def train_classifier(
     (folder / "state.pt").unlink(missing_ok=True)
     return folder
 
-# %% ../nbs/06_lp_ft.ipynb #801371dd
+# %% ../nbs/06_lp_ft.ipynb #827f4011
 def linear_cka(
     x: torch.Tensor, y: torch.Tensor # (N, D) and (N, E): the same images, two encoders
 ) -> float:                          # in [0, 1]
@@ -219,7 +219,7 @@ def linear_cka(
     x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
     return float((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
 
-# %% ../nbs/06_lp_ft.ipynb #8f39be46
+# %% ../nbs/06_lp_ft.ipynb #d3374234
 @torch.no_grad()
 def block_features(
     encoder: nn.Module, images: torch.Tensor, # a timm model; uint8 (N, 3, H, W)
