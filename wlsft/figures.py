@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from .data import ID_STYLES, OOD_STYLES, DataError
+from .data import OOD_STYLES, DataError
 from .knn_eval import ConceptBootstrap, interval
 from .study import ParameterError, atomic_write, check_choice
 
@@ -63,6 +63,7 @@ def bootstrap_table(
     ood = t[t["set"].isin(OOD_STYLES)].groupby(KEY, as_index=False).agg(draws=("draws", lambda d: np.mean(d.to_list(), axis=0)), seeds=("seeds", "min"))
     return pd.concat([t, ood.assign(set="OOD")], ignore_index=True)
 
+# %% ../nbs/09_figures.ipynb #d0edd586
 def with_interval(t: pd.DataFrame) -> pd.DataFrame:
     "Replace the `draws` column by `value, low, high`."
     return t.drop(columns="draws").assign(**dict(zip(("value", "low", "high"), np.array([interval(d) for d in t.draws]).T)))
@@ -78,7 +79,7 @@ NAMES = {"full": "full fine-tuning", "film": "FiLM", "token-replay:recorded": "t
          "token-replay:gaussian": "Gaussian tokens", "token-replay:depth": "earlier tokens"}
 CELLS = [("token-replay:recorded", "emojishift-prompts"), ("token-replay:recorded", "emojishift-names"), ("film", "emojishift-keywords"), ("full", "emojishift-keywords")]
 HUES = {"full": "#0072B2", "film": "#E69F00", "token-replay:recorded": "#009E73"}          # adapters, Okabe and Ito's colours
-MARKS = {"emojishift-prompts": ("^", ":"), "emojishift-names": ("s", "--"), "emojishift-keywords": ("o", "-"), "emojishift-shuffled": ("X", "-.")}   # corpora
+MARKS = {"emojishift-prompts": ("^", ":"), "emojishift-names": ("s", "--"), "emojishift-keywords": ("o", "-"), "emojishift-shuffled": ("X", "-."), "emojishift-labels": ("P", "-")}   # corpora
 
 def SHORT(corpus: str) -> str:
     "A corpus' name without the data set's."
@@ -91,7 +92,7 @@ def prefer(d: pd.DataFrame, keep: Sequence[bool]) -> pd.DataFrame:
 
 def label_of(adapter: str, corpus: str) -> str:
     "How a cell is called in legends."
-    return f"{NAMES[adapter]}, {SHORT(corpus)}"
+    return f"{NAMES.get(adapter, adapter)}, {SHORT(corpus)}"
 
 # %% ../nbs/09_figures.ipynb #0540f68d
 def set_style() -> None:
@@ -132,7 +133,7 @@ def figure_alpha(t: pd.DataFrame, cells: Sequence = CELLS) -> tuple[plt.Figure, 
                 g = g[g.alpha == best.get((enc, corpus, adapter), -1)]
                 ax.plot(g.alpha, g.value, mark, mfc="white", mec=colour, ms=6)
             if d[(d.encoder == enc) & (d.adapter == adapter) & (d.corpus == corpus)].empty: ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", color="0.5")
-            if i == 0: ax.set_title(f"{NAMES[adapter]}\non {SHORT(corpus)}")
+            if i == 0: ax.set_title(label_of(adapter, corpus).replace(", ", "\non "))
             if i == len(encoders) - 1: ax.set_xlabel(r"$\alpha$")
         axes[i, 0].set_ylabel(f"{enc}\nk-NN accuracy (%)")
     axes[0, 0].legend(loc="best", handlelength=1.8)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from .data import Suite, emojishift_suite, load_emojishift
-from .knn_eval import KS, knn_rows, needed
+from .data import Suite
+from .knn_eval import knn_rows, needed
 from .probe import head_rows
 from .study import ParameterError, atomic_write, check_range, progress
-from .runs import Run, load_run
+from .runs import Run
 from .train import embed
 
 # %% ../nbs/05_interpolation.ipynb #e8ad7aba

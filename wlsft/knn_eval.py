@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from .data import Suite
-from .study import ParameterError, check_choice, check_range
+from .study import check_choice, check_range
 
 KS = (1, 5, 10, 20, 50, 100, 200)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .adapters import replay_sites
-from .study import ParameterError, atomic_write, check_choice, code_digest, digest
+from .study import ParameterError, atomic_write, code_digest, digest
 
 # %% ../nbs/02_losses.ipynb #6f28088f
 @functools.cache

@@ -8,14 +8,13 @@ __all__ = ['small_vit', 'pixels', 'principal', 'distil_loss', 'DINOHead', 'dino_
 # %% ../nbs/build/pretrain.ipynb #424f99ef
 import copy, math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .encoders import load_encoder, prepare
+from .encoders import load_encoder
 from .data import random_views
-from .study import atomic_write, progress
+from .study import progress
 from .train import schedule
 
 # %% ../nbs/build/pretrain.ipynb #cf79ba72

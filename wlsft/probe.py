@@ -21,9 +21,9 @@ from scipy.optimize import minimize
 from torch import nn
 from .adapters import ADAPTERS, adapt, as_tokens, replay_sites
 from .encoders import load_encoder, prepare
-from .data import DataError, Suite, emojishift_suite, load_emojishift
+from .data import Suite, emojishift_suite, load_emojishift
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
-from .study import ParameterError, check_choice, check_range, progress
+from .study import ParameterError, check_choice, check_range, progress, with_defaults
 from .train import LOOP, embed, finetune
 
 # %% ../nbs/06_lp_ft.ipynb #f837c899
@@ -189,8 +189,7 @@ def train_classifier(
     runs: str | Path = "", root: str | Path = "" # where runs are kept; the data folder
 ) -> Path:                                       # the run's folder
     "FT or LP-FT on the ID training images of EmojiShift, resuming or skipping as the folder allows."
-    for name in params: check_choice("parameter", name, CLASSIFIER)
-    p = {**CLASSIFIER, **params}
+    p = with_defaults(params, CLASSIFIER)
     check_classifier(p)
     folder, start = runs_folder(runs) / classifier_name(p, root), time.time()
     if (folder / "run.json").is_file(): return folder
@@ -208,7 +207,6 @@ def train_classifier(
     history = finetune(encoder, head, images, class_objective(head, labels), **{k: p[k] for k in LOOP}, state=folder / "state.pt")
     info = dict(parameters={**p, "corpus": "emojishift-labels"}, name=folder.name, history=history, encoder_digest=base, images=len(images), **provenance(encoder, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
     save_run(folder, before[0], encoder.state_dict(), info, (before[1], head.state_dict()))
-    (folder / "state.pt").unlink(missing_ok=True)
     return folder
 
 # %% ../nbs/06_lp_ft.ipynb #827f4011

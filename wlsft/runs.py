@@ -78,6 +78,7 @@ def save_run(folder: Path, theta_0: dict, theta_1: dict, info: dict, heads: tupl
     tensors |= {f"head_{i}.{k}": v.contiguous() for i, head in enumerate(heads) for k, v in head.items()}
     with atomic_write(folder / "theta.safetensors") as p: save_file(tensors, p)
     write_json(folder / "run.json", info)
+    (folder / "state.pt").unlink(missing_ok=True)                          # what a killed run would have resumed from
 
 # %% ../nbs/03_runs.ipynb #02131e1b
 def load_run(

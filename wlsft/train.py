@@ -19,7 +19,7 @@ from .encoders import load_encoder, prepare
 from .data import CORPORA, DataError, PairCorpus, emojishift_pairs, load_emojishift, random_views
 from .losses import TextTable, answers, contrastive_loss, embed_texts, prompt_templates, replay_consistency
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
-from .study import ParameterError, atomic_write, check_choice, check_range, progress
+from .study import ParameterError, atomic_write, check_choice, check_range, progress, with_defaults
 
 # %% ../nbs/03_train.ipynb #9c8d57ff
 @torch.no_grad()
@@ -190,8 +190,7 @@ def train_run(
     runs: str | Path = "", root: str | Path = "" # where runs are kept; the data folder
 ) -> Path:                                       # the run's folder
     "Train one run, resuming or skipping as the folder allows."
-    for k in params: check_choice("parameter", k, DEFAULTS)
-    p = {**DEFAULTS, **params}
+    p = with_defaults(params, DEFAULTS)
     check_train(p)
     folder = runs_folder(runs) / run_name(p, root)
     if (folder / "run.json").is_file(): return folder
@@ -207,5 +206,4 @@ def train_run(
     history = finetune(encoder, head, pairs.images, objective, **{k: p[k] for k in LOOP}, state=folder / "state.pt")
     info = dict(parameters=p, name=folder.name, history=history, encoder_digest=base, pairs=len(pairs.images), **provenance(encoder, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
     save_run(folder, theta_0, encoder.state_dict(), info)
-    (folder / "state.pt").unlink(missing_ok=True)
     return folder
