@@ -1,7 +1,7 @@
 # The study as a graph: every run trains (chapter 03), is swept over alpha (05), and all rows together give the figures (09).
 # A run's folder is named by a hash of parameters, code and data, so what is there is never computed again.
 #   snakemake --config study=grid seeds=3 data=/path        (the Makefile's `study` does this)
-from wlsft.probe import classifier_name
+from wlsft.lp_ft import classifier_name
 from wlsft.study import check_range, expand_study
 from wlsft.train import run_name
 
@@ -11,6 +11,7 @@ RUNS = str(config.get("runs", "") or "runs")
 SPEC = expand_study(f"nbs/studies/{STUDY}.yaml", check_range("seeds", int(config.get("seeds", 1)), 1, 100, integer=True))
 NAMES = [(classifier_name if "method" in p else run_name)(p, DATA) for p in SPEC]    # FT and LP-FT are chapter 06's, the rest chapter 03's
 STEPS = {n: p.pop("steps", 10) for n, p in zip(NAMES, SPEC)}                         # of alpha; a run may ask for fewer
+DEEP = {n: p.pop("deep", False) for n, p in zip(NAMES, SPEC)}                        # probes and distortion along alpha
 PARAMS = dict(zip(NAMES, SPEC))
 
 
@@ -32,7 +33,7 @@ localrules: collect,
 
 
 rule all:
-    input: f"figures/{STUDY}/alpha.png",
+    input: f"figures/{STUDY}/alpha.png", [f"figures/{STUDY}/mechanism.png"] if all(DEEP.values()) else [],
 
 
 rule train:
@@ -48,7 +49,7 @@ rule sweep:
     input: rules.train.output,
     output: f"{RUNS}/{{run}}/rows.parquet",
     log: f"{RUNS}/{{run}}/sweep.log",
-    params: lambda w: flags(dict(run=w.run, study=STUDY, steps=STEPS[w.run], cells=STEPS[w.run] == 10, data=DATA, runs=RUNS)),
+    params: lambda w: flags(dict(run=w.run, study=STUDY, steps=STEPS[w.run], cells=STEPS[w.run] == 10, deep=DEEP[w.run], data=DATA, runs=RUNS)),
     threads: 1
     resources: mem_mb=4000, runtime=120
     shell: "OMP_NUM_THREADS={threads} wlsft-run nbs/05_interpolation.ipynb {RUNS}/{wildcards.run}/sweep.ipynb {params} -p out {output} > {log} 2>&1"
@@ -69,3 +70,11 @@ rule figures:
     log: f"{RUNS}/studies/{STUDY}/figures.log",
     params: lambda w: flags(dict(rows=f"{RUNS}/studies/{STUDY}", out=f"figures/{STUDY}", draws=2000, data=DATA)),
     shell: "wlsft-run nbs/09_figures.ipynb {RUNS}/studies/{STUDY}/figures.ipynb {params} > {log} 2>&1"
+
+
+rule comparison:
+    input: rules.collect.output,
+    output: f"figures/{STUDY}/mechanism.png",
+    log: f"{RUNS}/studies/{STUDY}/comparison.log",
+    params: lambda w: flags(dict(rows=f"{RUNS}/studies/{STUDY}", out=f"figures/{STUDY}", draws=2000, data=DATA)),
+    shell: "wlsft-run nbs/09_comparison.ipynb {RUNS}/studies/{STUDY}/comparison.ipynb {params} > {log} 2>&1"

@@ -71,12 +71,12 @@ def test_every_figure_has_its_table():
 @pytest.mark.parametrize("study", sorted(p.stem for p in (ROOT / "nbs/studies").glob("*.yaml")))
 def test_study_expands_to_known_parameters(study):
     from wlsft.study import check_parameters, expand_study
-    from wlsft.probe import CLASSIFIER, check_classifier, classifier_name
+    from wlsft.lp_ft import CLASSIFIER, check_classifier, classifier_name
     from wlsft.train import DEFAULTS, check_train, run_name
     words, labels = (notebook_parameters(ROOT / f"nbs/{n}.ipynb") for n in ("03_train", "06_lp_ft"))
     runs = expand_study(ROOT / f"nbs/studies/{study}.yaml", 2)
     for run in runs:
-        run.pop("steps", None)
+        for name in ("steps", "deep"): run.pop(name, None)
         if "method" in run: check_classifier({**CLASSIFIER, **check_parameters(run, labels)})
         else: check_train({**DEFAULTS, **check_parameters(run, words)})
     assert len({(classifier_name if "method" in r else run_name)(r) for r in runs}) == len(runs)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 from .data import Suite
+from .distortion import distortion_rows, held_out_features
 from .knn_eval import knn_rows, needed
-from .probe import head_rows
+from .probe import head_rows, probe_rows
 from .study import ParameterError, atomic_write, check_range, progress
 from .runs import Run
 from .train import embed
@@ -40,18 +41,22 @@ def method_names(p: dict) -> dict[str, str]:
     "The `method` and `adapter` columns of a run's parameters; a classifier's adapter column carries its method, since both start from `full`."
     adapter = p["adapter"] + (f":{p['source']}" if p["adapter"] == "token-replay" else "")
     if "method" not in p: return dict(method=METHODS[p["adapter"]], adapter=adapter)
-    return dict(method=p["method"], adapter=p["method"] if adapter == "full" else f"{p['method']}+{adapter}")
+    name = p["method"] + (f"+{adapter}" if adapter != "full" else "") + (", running statistics" if p["batch_norm"] == "running" else "")
+    return dict(method=p["method"], adapter=name)
 
 # %% ../nbs/05_interpolation.ipynb #84c9b042
 def alpha_sweep(
     run: Run, suite: Suite,       # from `load_run`; from `emojishift_suite`
     alphas: Sequence[float],      # each in [0, 1]
     study: str,                   # a label
-    cells: bool = False           # at alpha 0 and 1, also the seen concepts and the banks `ood` and `mixed`
+    cells: bool = False,          # at alpha 0 and 1, also the seen concepts and the banks `ood` and `mixed`
+    deep: bool = False            # also `probe_rows` and `distortion_rows` at every alpha
 ) -> pd.DataFrame:                # the rows of design: study, method, ..., value, n, correct, concept
-    "k-NN rows of theta(alpha) for every alpha; the run's encoder is left at `theta_0`."
+    "Rows of theta(alpha) for every alpha: k-NN, and a classifier's head; the run's encoder is left at `theta_0`."
     p, parts = run.info["parameters"], []
     held = [s for s in suite.sets if suite.shift[s] != "SEEN"]
+    run.encoder.load_state_dict(run.theta_0)
+    before = held_out_features(run.encoder, suite) if deep else {}
     features = torch.zeros(len(suite.images), run.encoder.num_features)
     for alpha in progress(alphas, "alpha"):
         full = cells and alpha in (0, 1)
@@ -61,9 +66,10 @@ def alpha_sweep(
         features[use] = embed(run.encoder, suite.images[use])
         found = [knn_rows(features, suite, sets, banks)]
         if run.head_1: found.append(head_rows(features, suite, sets, interpolate(run.head_0, run.head_1, alpha)))
+        if deep: found += [probe_rows(features, suite, sets), distortion_rows(before, held_out_features(run.encoder, suite))]
         parts.append(pd.concat(found).assign(alpha=round(float(alpha), 6)))
     run.encoder.load_state_dict(run.theta_0)
-    return pd.concat(parts, ignore_index=True).assign(study=study, run=run.name, corpus=p["corpus"], encoder=p["encoder"], seed=p["seed"], **method_names(p))
+    return pd.concat(parts, ignore_index=True).assign(study=study, run=run.name, corpus=p["corpus"], encoder=p["encoder"], seed=p["seed"], lr=p["lr"], **method_names(p))
 
 def write_rows(rows: pd.DataFrame, path: str | Path) -> None:
     "One parquet file of rows, atomically."

@@ -163,8 +163,8 @@ def main(
 # %% ../nbs/00_study.ipynb #4a37c3be
 def expand_study(
     path: str | Path, # a YAML file of `nbs/studies`
-    seeds: int = 1    # seeds 0 .. seeds-1 of every run
-) -> list[dict]:      # parameters of each run of `nbs/03_train.ipynb`, without repeats
+    seeds: int = 1    # seeds 0 .. seeds-1 of every run that does not set its own
+) -> list[dict]:      # parameters of each run, without repeats
     "Every run that a study asks for. YAML is read with the safe loader; unknown sections are refused."
     import itertools, yaml
     if not Path(path).is_file():
@@ -176,6 +176,6 @@ def expand_study(
         keys = [k for k, v in run.items() if isinstance(v, list)]
         for values in itertools.product(*(run[k] for k in keys)):
             for seed in range(seeds):
-                p = {**spec.get("defaults", {}), **run, **dict(zip(keys, values)), "seed": seed}
+                p = {**spec.get("defaults", {}), "seed": seed, **run, **dict(zip(keys, values))}
                 if p not in out: out.append(p)
     return out
