@@ -33,7 +33,7 @@ localrules: collect,
 
 
 rule all:
-    input: f"figures/{STUDY}/alpha.png", [f"figures/{STUDY}/mechanism.png"] if all(DEEP.values()) else [],
+    input: f"figures/{STUDY}/alpha.png", [f"figures/{STUDY}/mechanism.png"] if any(DEEP.values()) else [],
 
 
 rule train:

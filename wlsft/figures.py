@@ -81,15 +81,16 @@ def with_interval(t: pd.DataFrame) -> pd.DataFrame:
     return t.drop(columns="draws").assign(**dict(zip(("value", "low", "high"), np.array([interval(d) for d in t.draws]).T)))
 
 def differences(t: pd.DataFrame) -> pd.DataFrame:
-    "Subtract, draw by draw, the same encoder, corpus, adapter and set at alpha = 0."
+    "Subtract, draw by draw, the same encoder, corpus, adapter and set at alpha = 0; what has no alpha = 0 is left out."
     zero = t[t.alpha == 0].set_index([*KEY[:3], "set"]).draws
+    t = t[[tuple(k) in zero.index for k in t[[*KEY[:3], "set"]].to_numpy()]]
     return t.assign(draws=[d - zero[tuple(k)] for d, k in zip(t.draws, t[[*KEY[:3], "set"]].to_numpy())])
 
 # %% ../nbs/09_figures.ipynb #724a7827
 LOOK = {"ID": ("#0072B2", "o", "-"), "OOD": ("#D55E00", "s", "--")}
 NAMES = {"full": "full fine-tuning", "film": "FiLM", "token-replay:recorded": "token replay", "token-replay:learned": "learned tokens", "token-replay:register": "one register",
          "token-replay:gaussian": "Gaussian tokens", "token-replay:depth": "earlier tokens"}
-CELLS = [("token-replay:recorded", "emojishift-prompts"), ("token-replay:recorded", "emojishift-names"), ("film", "emojishift-keywords"), ("full", "emojishift-keywords")]
+CELLS = [("token-replay:recorded", "emojishift-prompts"), ("token-replay:recorded", "emojishift-names"), ("film", "emojishift-keywords"), ("full", "emojishift-keywords"), ("FT", "emojishift-labels"), ("LP-FT", "emojishift-labels")]
 HUES = {"full": "#0072B2", "film": "#E69F00", "token-replay:recorded": "#009E73",         # adapters, Okabe and Ito's colours
         "FT": "#D55E00", "LP-FT": "#CC79A7", "LP-FT+film": "#56B4E9", "LP-FT+token-replay:recorded": "#000000"}
 MARKS = {"emojishift-prompts": ("^", ":"), "emojishift-names": ("s", "--"), "emojishift-keywords": ("o", "-"), "emojishift-shuffled": ("X", "-."), "emojishift-labels": ("P", "-")}   # corpora
@@ -233,7 +234,7 @@ def figure_styles(changes: pd.DataFrame, cells: Sequence = CELLS) -> tuple[plt.F
     for ax, enc in zip(axes[0], encoders):
         for j, (a, c) in enumerate(cells):
             g = d[(d.encoder == enc) & (d.adapter == a) & (d.corpus == c)].set_index("set").reindex(OOD_STYLES)
-            y = np.arange(len(OOD_STYLES)) + (j - 1.5) * 0.18
+            y = np.arange(len(OOD_STYLES)) + (j - (len(cells) - 1) / 2) * 0.72 / len(cells)
             ax.hlines(y, g.low, g.high, color=HUES.get(a, "0.4"), lw=1.2)
             ax.plot(g.value, y, MARKS[c][0], color=HUES.get(a, "0.4"), ms=4, label=label_of(a, c))
         ax.axvline(0, color="0.3", lw=0.8)
