@@ -1,23 +1,17 @@
-# The study as a graph: every run trains (chapter 03), is swept over alpha (05), and all rows together give the figures (09).
+# The study as a graph: every run trains (chapter 03, 06 or 07), is swept over alpha (05), and all rows together give the figures (09).
 # A run's folder is named by a hash of parameters, code and data, so what is there is never computed again.
 #   snakemake --config study=grid seeds=3 data=/path        (the Makefile's `study` does this)
-from wlsft.lp_ft import classifier_name
+from wlsft.flyp import chapter_of, name_of
 from wlsft.study import check_range, expand_study
-from wlsft.train import run_name
 
 STUDY = config.get("study", "emojishift")
 DATA = str(config.get("data", "") or "")
 RUNS = str(config.get("runs", "") or "runs")
 SPEC = expand_study(f"nbs/studies/{STUDY}.yaml", check_range("seeds", int(config.get("seeds", 1)), 1, 100, integer=True))
-NAMES = [(classifier_name if "method" in p else run_name)(p, DATA) for p in SPEC]    # FT and LP-FT are chapter 06's, the rest chapter 03's
+NAMES = [name_of(p, DATA) for p in SPEC]
 STEPS = {n: p.pop("steps", 10) for n, p in zip(NAMES, SPEC)}                         # of alpha; a run may ask for fewer
 DEEP = {n: p.pop("deep", False) for n, p in zip(NAMES, SPEC)}                        # probes and distortion along alpha
 PARAMS = dict(zip(NAMES, SPEC))
-
-
-def chapter(p: dict) -> str:
-    "The notebook that trains a run."
-    return "06_lp_ft" if "method" in p else "03_train"
 
 
 def flags(p: dict) -> str:
@@ -39,7 +33,7 @@ rule all:
 rule train:
     output: f"{RUNS}/{{run}}/run.json", f"{RUNS}/{{run}}/theta.safetensors",
     log: f"{RUNS}/{{run}}/train.log",
-    params: lambda w: flags(dict(PARAMS[w.run], study=STUDY, data=DATA, runs=RUNS)), notebook=lambda w: chapter(PARAMS[w.run]),
+    params: lambda w: flags(dict(PARAMS[w.run], study=STUDY, data=DATA, runs=RUNS)), notebook=lambda w: chapter_of(PARAMS[w.run]),
     threads: 1
     resources: mem_mb=4000, runtime=120
     shell: "OMP_NUM_THREADS={threads} wlsft-run nbs/{params.notebook}.ipynb {RUNS}/{wildcards.run}/train.ipynb {params[0]} > {log} 2>&1"

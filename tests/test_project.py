@@ -1,4 +1,5 @@
 "What holds the project together: parameter cells, dependency lists, sizes, and a study's graph."
+import importlib
 import re
 import subprocess
 from configparser import ConfigParser
@@ -71,18 +72,21 @@ def test_every_figure_has_its_table():
 @pytest.mark.parametrize("study", sorted(p.stem for p in (ROOT / "nbs/studies").glob("*.yaml")))
 def test_study_expands_to_known_parameters(study):
     from wlsft.study import check_parameters, expand_study
-    from wlsft.lp_ft import CLASSIFIER, check_classifier, classifier_name
-    from wlsft.train import DEFAULTS, check_train, run_name
-    words, labels = (notebook_parameters(ROOT / f"nbs/{n}.ipynb") for n in ("03_train", "06_lp_ft"))
-    runs = expand_study(ROOT / f"nbs/studies/{study}.yaml", 2)
+    from wlsft.flyp import FLYP, chapter_of, check_flyp, name_of
+    from wlsft.lp_ft import CLASSIFIER, check_classifier
+    from wlsft.train import DEFAULTS, check_train
+    kinds = {"03_train": (DEFAULTS, check_train), "06_lp_ft": (CLASSIFIER, check_classifier), "07_flyp": (FLYP, check_flyp)}
+    runs, names = expand_study(ROOT / f"nbs/studies/{study}.yaml", 2), set()
     for run in runs:
         for name in ("steps", "deep"): run.pop(name, None)
-        if "method" in run: check_classifier({**CLASSIFIER, **check_parameters(run, labels)})
-        else: check_train({**DEFAULTS, **check_parameters(run, words)})
-    assert len({(classifier_name if "method" in r else run_name)(r) for r in runs}) == len(runs)
+        defaults, check = kinds[chapter_of(run)]
+        check({**defaults, **check_parameters(run, notebook_parameters(ROOT / f"nbs/{chapter_of(run)}.ipynb"))})
+        names.add(name_of(run))
+    assert len(names) == len(runs)
 
 
-def test_chapter_defaults_are_the_library_defaults():
-    from wlsft.train import DEFAULTS
-    defaults = notebook_parameters(ROOT / "nbs/03_train.ipynb")
-    assert {k: defaults[k] for k in DEFAULTS} == DEFAULTS
+@pytest.mark.parametrize("chapter, module, name, other", [("03_train", "train", "DEFAULTS", set()), ("06_lp_ft", "lp_ft", "CLASSIFIER", {"strengths"}), ("07_flyp", "flyp", "FLYP", {"strengths"})])
+def test_chapter_defaults_are_the_library_defaults(chapter, module, name, other):
+    library, defaults = getattr(importlib.import_module(f"wlsft.{module}"), name), notebook_parameters(ROOT / f"nbs/{chapter}.ipynb")
+    assert {k for k in library if k in defaults and defaults[k] != library[k]} == other
+    assert "adapter" in library and "adapter" in defaults

@@ -136,10 +136,10 @@ def mechanism(rows: pd.DataFrame) -> pd.DataFrame:
     far = far[(far.block == "feature") & (far.metric == "relative")].pivot_table(index=["run", "alpha"], columns="set", values="value").rename(columns=lambda s: f"{s}_moved")
     return d.merge(far, on=["run", "alpha"])
 
-def rank_correlation(d: pd.DataFrame, x: str, y: str, draws: int = 300, seed: int = 0) -> tuple[float, float, float]:
-    "Spearman's correlation of two columns, with a 95% bootstrap interval over runs (column `run`). Raises `ValueError` below three runs."
-    runs = [g[[x, y]].to_numpy() for _, g in d.groupby("run")]
-    if len(runs) < 3: raise ValueError(f"{len(runs)} runs; a correlation over runs needs three or more")
+def rank_correlation(d: pd.DataFrame, x: str, y: str, by: str = "adapter", draws: int = 300, seed: int = 0) -> tuple[float, float, float]:
+    "Spearman's correlation of two columns, with a 95% bootstrap interval over clusters (column `by`). Raises `ValueError` below three of them."
+    runs = [g[[x, y]].to_numpy() for _, g in d.groupby(by)]
+    if len(runs) < 3: raise ValueError(f"{len(runs)} values of {by}; an interval over them needs three or more")
     rng, rho = np.random.default_rng(seed), lambda a: pd.DataFrame(a).corr("spearman").iloc[0, 1]
     some = [rho(np.concatenate([runs[i] for i in rng.integers(0, len(runs), len(runs))])) for _ in range(draws)]
     return (rho(np.concatenate(runs)), *np.nanquantile(some, [0.025, 0.975]))
@@ -157,9 +157,9 @@ def figure_mechanism(d: pd.DataFrame, draws: int = 300) -> tuple[plt.Figure, pd.
                 ax.plot(r.OOD_moved.iloc[-1], r.OOD_change.iloc[-1], "o", color=HUES.get(a, "0.4"), ms=4)
             for which, part in (("alpha > 0", g[g.alpha > 0]), ("alpha = 1", g[g.alpha == 1])):
                 for x, y in (("OOD_moved", "OOD_change"), ("ID_moved", "ID_change")):
-                    if part.run.nunique() > 2: found.append((enc, m, which, x, y, *rank_correlation(part, x, y, draws), part.run.nunique()))
+                    if part.adapter.nunique() > 2: found.append((enc, m, which, x, y, *rank_correlation(part, x, y, "adapter", draws), part.adapter.nunique(), part.run.nunique()))
             ax.axhline(0, color="0.6", lw=0.8); ax.set_title(f"{enc}, {m}", fontsize=9)
             ax.set_xlabel("how far OOD features moved (spreads)"); ax.set_ylabel("OOD change (points)")
     handles = {l: h for ax in axes.flat for h, l in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
-    return fig, pd.DataFrame(found, columns=["encoder", "measure", "points", "x", "y", "spearman", "low", "high", "runs"])
+    return fig, pd.DataFrame(found, columns=["encoder", "measure", "points", "x", "y", "spearman", "low", "high", "methods", "runs"])

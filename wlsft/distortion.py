@@ -35,7 +35,7 @@ def block_features(
     hooks = [m.register_forward_pre_hook(lambda m, a, s=s: out[s].append(as_tokens(a[0]).mean(1).float().cpu())) for s, m in sites.items()]
     try:
         encoder.eval()
-        for batch in images.split(batch_size): out["feature"].append(encoder(prepare(encoder, batch)).float().cpu())
+        for batch in images.split(batch_size): out["feature"].append(encoder(prepare(encoder, batch.to(next(encoder.parameters()).device))).float().cpu())
     finally:
         encoder.train(mode)
         for h in hooks: h.remove()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .data import DataError, data_folder
+from .image_text import is_pair_model, load_image_text
 from .study import ParameterError
 
 # %% ../nbs/01_encoders.ipynb #2dbd6767
@@ -44,16 +45,17 @@ def _vit_tiny(root: str | Path) -> nn.Module:
     return model
 
 def load_encoder(
-    name: str,             # a shipped encoder, or any timm model name
+    name: str,             # a shipped encoder, any timm model name, or an image-text model (chapter 01_image_text)
     root: str | Path = ""  # see `wlsft.data.data_folder`
-) -> nn.Module:            # in evaluation mode; `model(x)` is (N, D)
+) -> nn.Module:            # in evaluation mode, channels last; `model(x)` is (N, D)
     "A pretrained encoder by name. Raises `ParameterError` for an unknown name and `DataError` for unreadable weights."
     import timm
     if name == "tf_efficientnet_lite0": model = _lite0()
     elif name == "vit_tiny_emojishift": model = _vit_tiny(root)
+    elif is_pair_model(name): model = load_image_text(name, root)
     elif timm.is_model(name): model = timm.create_model(name, pretrained=True, num_classes=0)
     else: raise ParameterError(f"encoder = {name!r} is not known; allowed: {', '.join(SHIPPED)}, or a timm model such as {', '.join(timm.list_models('*vit*dino*', pretrained=True)[:2])}")
-    return model.eval()
+    return model.eval().to(memory_format=torch.channels_last)   # convolutions on a CPU are half as fast again
 
 # %% ../nbs/01_encoders.ipynb #ec49e978
 def prepare(

@@ -43,7 +43,7 @@ def read_rows(
 # %% ../nbs/09_figures.ipynb #b076eb73
 def at_chosen_rate(rows: pd.DataFrame) -> pd.DataFrame:
     "`rows` of the learning rate that ID validation chooses for each encoder, corpus and adapter; no reported set is looked at."
-    cell, own = ["encoder", "corpus", "adapter"], np.where(rows.method.isin(["FT", "LP-FT"]), "head", "id")
+    cell, own = ["encoder", "corpus", "adapter"], np.where(rows.method.str.startswith("WLSFT"), "id", "head")
     val = rows[(rows.alpha == 1) & (rows["set"] == "id-val") & (rows.protocol == own) & rows.k.isin([0, 20])]
     val = val[val.groupby([*cell, "seed"]).lr.transform("nunique") == val.groupby(cell).lr.transform("nunique")]     # seeds that have every rate
     best = val.groupby([*cell, "lr"]).value.mean().groupby(cell).idxmax().map(lambda k: k[-1])
@@ -92,7 +92,7 @@ NAMES = {"full": "full fine-tuning", "film": "FiLM", "token-replay:recorded": "t
          "token-replay:gaussian": "Gaussian tokens", "token-replay:depth": "earlier tokens"}
 CELLS = [("token-replay:recorded", "emojishift-prompts"), ("token-replay:recorded", "emojishift-names"), ("film", "emojishift-keywords"), ("full", "emojishift-keywords"), ("FT", "emojishift-labels"), ("LP-FT", "emojishift-labels")]
 HUES = {"full": "#0072B2", "film": "#E69F00", "token-replay:recorded": "#009E73",         # adapters, Okabe and Ito's colours
-        "FT": "#D55E00", "LP-FT": "#CC79A7", "LP-FT+film": "#56B4E9", "LP-FT+token-replay:recorded": "#000000"}
+        "FT": "#D55E00", "LP-FT": "#CC79A7", "FLYP": "#0072B2", "FLYP, collisions positives": "#56B4E9", "FLYP, collisions ignored": "#009E73", "L2-SP": "#E69F00", "LP": "0.5", "LP-FT+film": "#56B4E9", "LP-FT+token-replay:recorded": "#000000"}
 MARKS = {"emojishift-prompts": ("^", ":"), "emojishift-names": ("s", "--"), "emojishift-keywords": ("o", "-"), "emojishift-shuffled": ("X", "-."), "emojishift-labels": ("P", "-")}   # corpora
 
 def SHORT(corpus: str) -> str:

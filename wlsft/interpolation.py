@@ -15,6 +15,8 @@ from .data import Suite
 from .distortion import distortion_rows, held_out_features
 from .knn_eval import knn_rows, needed
 from .probe import head_rows, probe_rows
+from .image_text import zero_shot_head
+from .losses import prompt_templates
 from .study import ParameterError, atomic_write, check_range, progress
 from .runs import Run
 from .train import embed
@@ -41,7 +43,7 @@ def method_names(p: dict) -> dict[str, str]:
     "The `method` and `adapter` columns of a run's parameters; a classifier's adapter column carries its method, since both start from `full`."
     adapter = p["adapter"] + (f":{p['source']}" if p["adapter"] == "token-replay" else "")
     if "method" not in p: return dict(method=METHODS[p["adapter"]], adapter=adapter)
-    name = p["method"] + (f"+{adapter}" if adapter != "full" else "") + (", running statistics" if p["batch_norm"] == "running" else "")
+    name = p["method"] + (f"+{adapter}" if adapter != "full" else "") + (", running statistics" if p.get("batch_norm") == "running" else "") + (f", collisions {p['collisions']}" if p["method"] == "FLYP" and p["collisions"] != "negatives" else "")
     return dict(method=p["method"], adapter=name)
 
 # %% ../nbs/05_interpolation.ipynb #84c9b042
@@ -52,7 +54,7 @@ def alpha_sweep(
     cells: bool = False,          # at alpha 0 and 1, also the seen concepts and the banks `ood` and `mixed`
     deep: bool = False            # also `probe_rows` and `distortion_rows` at every alpha
 ) -> pd.DataFrame:                # the rows of design: study, method, ..., value, n, correct, concept
-    "Rows of theta(alpha) for every alpha: k-NN, and a classifier's head; the run's encoder is left at `theta_0`."
+    "Rows of theta(alpha) for every alpha: k-NN, and a classifier's head, for FLYP that of its words; the run's encoder is left at `theta_0`."
     p, parts = run.info["parameters"], []
     held = [s for s in suite.sets if suite.shift[s] != "SEEN"]
     run.encoder.load_state_dict(run.theta_0)
@@ -65,6 +67,7 @@ def alpha_sweep(
         run.encoder.load_state_dict(interpolate(run.theta_0, run.theta_1, alpha))
         features[use] = embed(run.encoder, suite.images[use])
         found = [knn_rows(features, suite, sets, banks)]
+        if p.get("method") == "FLYP": found.append(head_rows(features, suite, sets, zero_shot_head(run.encoder, [c.replace("-", " ") for c in suite.classes], prompt_templates())))
         if run.head_1: found.append(head_rows(features, suite, sets, interpolate(run.head_0, run.head_1, alpha)))
         if deep: found += [probe_rows(features, suite, sets), distortion_rows(before, held_out_features(run.encoder, suite))]
         parts.append(pd.concat(found).assign(alpha=round(float(alpha), 6)))

@@ -78,7 +78,7 @@ def ridge_path(
     present, y = np.unique(labels[rows], return_inverse=True)
     target = lambda at: 2.0 * F.one_hot(torch.as_tensor(y[at]), len(present)).double() - 1
     offset = sum(((x.double() - mean) / std).sum(0) for _, x in batches(features, rows)) / len(rows)
-    middle = target(slice(None)).mean(0)
+    middle = 2 * torch.bincount(torch.as_tensor(y), minlength=len(present)).double() / len(rows) - 1
     gram, cross = 0.0, 0.0
     for at, x in batches(features, rows):
         z = (x.double() - mean) / std - offset
@@ -105,6 +105,7 @@ class Probe:
     bias: torch.Tensor       # float32 (C,)
     table: pd.DataFrame      # strength, accuracy on the held-out rows, loss, converged
     strength: float          # the chosen one
+    converged: bool          # did the fit at that strength, on all rows?
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         "Scores `(N, C)` of features `(N, D)`."
         return F.linear(features, self.weight, self.bias)
@@ -139,8 +140,8 @@ def fit_probe(
         rows.append(dict(strength=s, held_out=100 * right / len(test), loss=loss, converged=done))
     table = pd.DataFrame(rows)
     best, scale = float(table.strength[table.held_out.argmax()]), moments(features, every)      # ties: the stronger penalty
-    theta = logistic(features, labels, every, best, None, scale)[0] if kind == "logistic" else next(ridge_path(features, labels, every, [1 / best], scale))
-    return Probe(*fold(theta, np.unique(labels), classes, scale), table, best)
+    theta, _, done = logistic(features, labels, every, best, None, scale) if kind == "logistic" else (next(ridge_path(features, labels, every, [1 / best], scale)), 0, True)
+    return Probe(*fold(theta, np.unique(labels), classes, scale), table, best, done)
 
 # %% ../nbs/04_probe.ipynb #c20c84d5
 def head_rows(
@@ -158,9 +159,9 @@ def head_rows(
 
 def probe_rows(
     features: torch.Tensor, suite: Suite, sets: Sequence[str], # as for `head_rows`; the rows of the `id` bank are fitted
-    strengths: Sequence[float] = tuple(np.logspace(-6, 5, 12)) # 1 / lambda
+    strengths: Sequence[float] = tuple(np.logspace(-6, 5, 12)), seed: int = 0 # 1 / lambda; of the held-out tenth
 ) -> pd.DataFrame:                                             # as `head_rows`, with protocol `probe`
     "Accuracy of a ridge probe fitted to these very features: what a linear head could do with them, whatever head came with them."
     rows = suite.banks["id"]["id-test"]
-    probe = fit_probe(features[rows].numpy(), suite.labels[rows].numpy(), len(suite.classes), "ridge", strengths, suite.concepts[rows])
+    probe = fit_probe(features[rows].numpy(), suite.labels[rows].numpy(), len(suite.classes), "ridge", strengths, suite.concepts[rows], seed)
     return head_rows(features, suite, sets, dict(weight=probe.weight, bias=probe.bias)).assign(protocol="probe")

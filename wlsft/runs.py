@@ -6,7 +6,7 @@
 __all__ = ['runs_folder', 'data_digest', 'name_run', 'weights_digest', 'provenance', 'Run', 'save_run', 'load_run']
 
 # %% ../nbs/03_runs.ipynb #d738ecc3
-import hashlib, json, resource, subprocess, sys
+import hashlib, json, re, resource, subprocess, sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,8 @@ def name_run(
 ) -> str:
     "`front`, encoder and seed, and a hash of parameters, code and data."
     stamp = digest([params, code_digest(*modules), data_digest(params["encoder"], root)], 8)
-    return f"{front}-{params['encoder'].split('.')[0]}-s{params['seed']}-{stamp}"
+    who = re.sub(r"\W+", "-", params["encoder"].split(".")[0])                # names of open_clip have slashes
+    return f"{front}-{who}-s{params['seed']}-{stamp}"
 
 # %% ../nbs/03_runs.ipynb #00cd590f
 def weights_digest(encoder: nn.Module) -> str:

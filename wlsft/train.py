@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'CODE', 'LOOP', 'embed', 'ridge', 'PairHead', 'schedule', 'trained', 'save_state', 'load_state',
-           'optimiser', 'pair_objective', 'train_step', 'finetune', 'run_name', 'check_train', 'train_run']
+           'optimiser', 'pair_objective', 'in_pieces', 'train_step', 'finetune', 'run_name', 'check_train', 'train_run']
 
 # %% ../nbs/03_train.ipynb #ace373de
 import math, time
@@ -17,7 +17,7 @@ from torch import nn
 from .adapters import ADAPTERS, SOURCES, adapt
 from .encoders import load_encoder, prepare
 from .data import CORPORA, DataError, PairCorpus, emojishift_pairs, load_emojishift, random_views
-from .losses import TextTable, answers, contrastive_loss, embed_texts, prompt_templates, replay_consistency
+from .losses import COLLISIONS, TextTable, answers, collided, contrastive_loss, embed_texts, prompt_templates, replay_consistency
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
 from .study import ParameterError, atomic_write, check_choice, check_range, progress, with_defaults
 
@@ -105,16 +105,16 @@ def optimiser(encoder: nn.Module, head: nn.Module, lr: float, head_lr: float, we
 # %% ../nbs/03_train.ipynb #39f8e2d5
 def pair_objective(
     head: PairHead, pairs: PairCorpus, table: TextTable, # trained too; images with groups; the embedded texts of each group
-    collisions: str = "positives",                       # pairs that share a text: `positives` or `negatives`
+    collisions: str = "positives",                       # pairs that share a text: `positives`, `negatives` or `ignored`
     extra: Callable = lambda: 0.0                        # a term added to the loss, such as replay consistency
 ) -> Callable:                                           # (features (N, D), indices (N,), generator) -> scalar loss
     "Chapter 02's contrastive loss of images and drawn texts, as an objective for `finetune`."
-    check_choice("collisions", collisions, ["positives", "negatives"])
+    check_choice("collisions", collisions, COLLISIONS)
     def loss(feature: torch.Tensor, pick: torch.Tensor, g: torch.Generator) -> torch.Tensor:
         group = pairs.group[pick]
         text = table.draw(group, g).to(feature.device)
         scale = head.log_scale.clamp(max=math.log(100)).exp()
-        return contrastive_loss(head(feature), text, scale, group.to(feature.device) if collisions == "positives" else None) + extra()
+        return contrastive_loss(head(feature), text, scale, *collided(group.to(feature.device), collisions)) + extra()
     return loss
 
 def _consistency(encoder: nn.Module, weight: float) -> Callable:
@@ -124,11 +124,22 @@ def _consistency(encoder: nn.Module, weight: float) -> Callable:
     with torch.no_grad(): frozen = answers(encoder, held)
     return lambda: weight * replay_consistency(encoder, held, frozen)
 
+# %% ../nbs/03_train.ipynb #a1508fac
+def in_pieces(
+    f: Callable, x: torch.Tensor, # a tower; its input (N, ...)
+    size: int = 0                 # rows whose activations are held at once; 0: all
+) -> torch.Tensor:
+    "`f(x)` with less memory: activations are computed again on the way back (gradient checkpointing), so the gradients are those of the whole batch."
+    from torch.utils.checkpoint import checkpoint
+    if not size or len(x) <= size: return f(x)
+    return torch.cat([checkpoint(f, part, use_reentrant=False) for part in x.split(size)])
+
 # %% ../nbs/03_train.ipynb #39f8e2d6
-def train_step(encoder: nn.Module, opt: torch.optim.Optimizer, objective: Callable, views: torch.Tensor, pick: torch.Tensor, g: torch.Generator, factor: float) -> float:
+def train_step(encoder: nn.Module, opt: torch.optim.Optimizer, objective: Callable, views: torch.Tensor, pick: torch.Tensor, g: torch.Generator, factor: float, micro: int = 0) -> float:
     "One update at `factor` of the peak rates; returns the loss. Raises `FloatingPointError` before any weight moves."
     for group in opt.param_groups: group["lr"] = group["peak"] * factor
-    loss = objective(encoder(prepare(encoder, views)), pick, g)
+    views = views.to(next(encoder.parameters()).device)
+    loss = objective(in_pieces(encoder, prepare(encoder, views), micro), pick, g)
     if not torch.isfinite(loss): raise FloatingPointError(f"the loss is {loss.item()}")
     opt.zero_grad()
     loss.backward()
@@ -142,7 +153,8 @@ def finetune(
     images: torch.Tensor, objective: Callable,    # uint8 (N, 3, H, W); see `pair_objective`
     epochs: int, batch_size: int = 128,           # passes; images a step
     lr: float = 1e-3, head_lr: float = 1e-3, weight_decay: float = 0.01, # AdamW
-    seed: int = 0, state: Path | None = None      # of order, views and texts; file to resume from
+    seed: int = 0, state: Path | None = None,     # of order, views and texts; file to resume from
+    micro: int = 0                                # images whose activations are held at once; 0: the whole batch
 ) -> list[float]:                                 # mean loss of each epoch
     "Fine-tune by any objective; resumes from `state` if it is there. The encoder's mode is the caller's (`eval` holds BatchNorm)."
     opt, modules = optimiser(encoder, head, lr, head_lr, weight_decay), dict(encoder=encoder, head=head)
@@ -154,7 +166,7 @@ def finetune(
         order = torch.randperm(len(images), generator=g)[:per_epoch * batch_size].split(batch_size)
         for i, pick in enumerate(progress(order, f"epoch {epoch + 1}/{epochs}")):
             views = random_views(images[pick], g, size=images.shape[-1])
-            try: losses.append(train_step(encoder, opt, objective, views, pick, g, schedule(epoch * per_epoch + i, epochs * per_epoch)))
+            try: losses.append(train_step(encoder, opt, objective, views, pick, g, schedule(epoch * per_epoch + i, epochs * per_epoch), micro))
             except FloatingPointError as e: raise FloatingPointError(f"epoch {epoch + 1}, step {i + 1}: {e}; images {pick[:8].tolist()}...; the last whole epoch is kept") from e
         history.append(sum(losses) / len(losses))
         if state: save_state(state, modules, opt, epoch + 1, history)
@@ -179,7 +191,7 @@ def run_name(
 def check_train(p: dict) -> None:
     "Refuse a wrong value of any training parameter before work starts."
     check_choice("corpus", p["corpus"], CORPORA); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("source", p["source"], SOURCES)
-    check_choice("collisions", p["collisions"], ["positives", "negatives"])
+    check_choice("collisions", p["collisions"], COLLISIONS)
     for name, low, high in (("epochs", 1, 10_000), ("batch_size", 2, 65_536), ("memory", 1, 65_536), ("rank", 4, 4096), ("seed", 0, 2**31 - 1)): check_range(name, p[name], low, high, integer=True)
     for name, high in (("lr", 10), ("head_lr", 10), ("weight_decay", 10), ("consistency", 1e6)): check_range(name, p[name], 0, high)
     if p["consistency"] and (p["adapter"], p["source"]) != ("token-replay", "recorded"): raise ParameterError(f"consistency = {p['consistency']} needs adapter = 'token-replay' with source = 'recorded'")

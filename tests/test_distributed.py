@@ -1,0 +1,66 @@
+"Two gloo processes: the loss and its gradients are those of one process with the whole batch, and open_clip's."
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from open_clip.loss import ClipLoss
+from wlsft.losses import contrastive_loss, everyone
+
+N, WIDE, SCALE = 8, 5, 7.0
+
+
+def batch():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(N, WIDE, generator=g), torch.randn(N, WIDE, generator=g), torch.arange(N) // 2
+
+
+def tower():
+    torch.manual_seed(1)
+    return torch.nn.Linear(WIDE, 4)
+
+
+def loss_of(net, image, text, group, collisions):
+    return contrastive_loss(everyone(net(image)), everyone(net(text)), SCALE, everyone(group) if collisions else None)
+
+
+def work(rank, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    image, text, group = (t[rank * N // 2:(rank + 1) * N // 2] for t in batch())
+    out = {}
+    for collisions in (False, True):
+        net = torch.nn.parallel.DistributedDataParallel(tower())
+        loss = loss_of(net, image, text, group, collisions)
+        loss.backward()
+        out[collisions] = (loss.detach(), net.module.weight.grad.clone())
+    net, unit = tower(), torch.nn.functional.normalize
+    out["open_clip"] = ClipLoss(gather_with_grad=True, rank=rank, world_size=2)(unit(net(image), dim=1), unit(net(text), dim=1), SCALE).detach()
+    if rank == 0:
+        torch.save(out, f"{folder}/out.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(work, (port, str(folder)), nprocs=2)
+    return torch.load(folder / "out.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("collisions", [False, True])
+def test_two_processes_equal_one(two, collisions):
+    net = tower()
+    loss = loss_of(net, *batch(), collisions)
+    loss.backward()
+    torch.testing.assert_close(two[collisions][0], loss.detach(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(two[collisions][1], net.weight.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_two_processes_equal_open_clip(two):
+    torch.testing.assert_close(two[False][0], two["open_clip"], atol=1e-6, rtol=0)
