@@ -126,7 +126,7 @@ def name_of(params: dict, root: str | Path = "") -> str:
     "The name that `chapter_of` will give the run."
     return {"03_train": run_name, "06_lp_ft": classifier_name, "07_flyp": image_text_name}[chapter_of(params)](params, root)
 
-# %% ../nbs/07_flyp.ipynb #abad99ff
+# %% ../nbs/07_flyp.ipynb #58f2f834
 def draw_shots(suite: Suite, classes: Sequence[int], shots: int, draw: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Rows of `shots` training and `shots` validation images (at most what there is) of every class, by draw. Raises `ParameterError` for a class with too few."
     rng, out = np.random.default_rng([draw, shots]), []
@@ -137,6 +137,7 @@ def draw_shots(suite: Suite, classes: Sequence[int], shots: int, draw: int) -> t
         out.append(torch.from_numpy(np.concatenate([rng.permutation(r)[:shots] for r in own])))
     return out[0], out[1]
 
+# %% ../nbs/07_flyp.ipynb #d888b540
 def few_shot(
     model: ImageText, suite: Suite, classes: Sequence[int],       # left as it is; which classes of it
     shots: int, draw: int, method: str = "FLYP",                  # images a class; which draw; or `FT`

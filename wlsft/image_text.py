@@ -56,7 +56,7 @@ def small_clip() -> ImageText:
     cfg = dict(input_size=(3, 64, 64), mean=clip.visual.trunk.pretrained_cfg["mean"], std=clip.visual.trunk.pretrained_cfg["std"])
     return ImageText(clip, HFTokenizer(minilm_folder(), context_length=32), cfg, 384)
 
-# %% ../nbs/01_image_text.ipynb #fc8295af
+# %% ../nbs/01_image_text.ipynb #1e9182d7
 def _shipped(root: str | Path) -> ImageText:
     "`small_clip` with the weights in `data/encoders`."
     from safetensors.torch import load_file
@@ -68,6 +68,7 @@ def _shipped(root: str | Path) -> ImageText:
     model.clip.load_state_dict(weights, strict=False)
     return model
 
+# %% ../nbs/01_image_text.ipynb #a0da80fc
 def is_pair_model(name: str) -> bool:
     "Is this a name for `load_image_text`?"
     return name in PAIRS or "/" in name or name.startswith(("local-dir:", "hf-hub:"))
