@@ -7,8 +7,6 @@ __all__ = ['MEASURES', 'by_measure', 'against_base', 'seed_means', 'figure_scatt
            'figure_moves', 'mechanism', 'rank_correlation', 'figure_mechanism']
 
 # %% ../nbs/09_comparison.ipynb #0c4e16b3
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd

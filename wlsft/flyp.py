@@ -24,7 +24,7 @@ from .encoders import load_encoder
 from .image_text import ImageText, check_prompts, is_pair_model, zero_shot_head
 from .losses import COLLISIONS, collided, contrastive_loss, everyone, prompt_templates
 from .lp_ft import class_objective, classifier_name
-from .probe import fit_probe, head_rows
+from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
 from .study import ParameterError, check_choice, check_range, progress, with_defaults
 from .train import embed, finetune, in_pieces, optimiser, run_name, schedule, train_step
