@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .encoders import prepare
+from .files import decoded
 from .study import ParameterError, check_choice, check_range
 
 # %% ../nbs/01_adapters.ipynb #587d4771
@@ -166,7 +167,7 @@ def record_tokens(
     mode, device = encoder.training, next(encoder.parameters()).device
     try:
         encoder.eval()
-        for batch in images.split(128): encoder(prepare(encoder, batch.to(device)))
+        for batch in decoded(images, 128): encoder(prepare(encoder, batch.to(device)))
     finally:
         encoder.train(mode)
         for h in hooks: h.remove()

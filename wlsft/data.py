@@ -9,7 +9,7 @@ __all__ = ['ID_STYLES', 'OOD_STYLES', 'CORPORA', 'DataError', 'data_folder', 'fi
 
 # %% ../nbs/00_data.ipynb #170cd828
 import functools, hashlib, io, json, math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +120,8 @@ class PairCorpus:
     images: torch.Tensor      # uint8 (N, 3, H, W)
     group: torch.Tensor       # int64 (N,)
     texts: list[list[str]]    # one list of alternatives a group
+    views: dict = field(default_factory=dict) # options of `random_views` that suit these images
+    lost: tuple[str, ...] = ()                # candidates that were left out, and why
 
 # %% ../nbs/00_data.ipynb #dfd1a5bb
 def emojishift_pairs(
@@ -163,10 +165,11 @@ def random_affine(
 def random_colour(
     x: torch.Tensor, g: torch.Generator, # (N, 3, H, W) float in [0, 1]; the source of chance
     strength: float = 0.3,               # brightness, contrast and saturation change by up to this factor
-    gray: float = 0.1                    # share of images that lose their colour
+    gray: float = 0.1,                   # share of images that lose their colour
+    total: int = 0, part: slice = slice(None) # see `random_views`
 ) -> torch.Tensor:
     "Brightness, contrast, saturation and grey, drawn for each image."
-    r = lambda: torch.rand(len(x), 1, 1, 1, generator=g)
+    r = lambda: torch.rand(total or len(x), 1, 1, 1, generator=g)[part].to(x.device)
     factor = lambda: 1 + strength * (2 * r() - 1)
     x = x * factor()
     mean = x.mean((1, 2, 3), keepdim=True)
@@ -179,8 +182,11 @@ def random_views(
     images: torch.Tensor, g: torch.Generator,   # uint8 (N, 3, H, W); the source of chance
     size: int = 64,                             # side of the views
     scale: tuple[float, float] = (0.5, 1.0),    # area of the crop
-    strength: float = 0.3, gray: float = 0.1    # see `random_colour`
-) -> torch.Tensor:                              # float32 (N, 3, size, size) in [0, 1]
+    strength: float = 0.3, gray: float = 0.1,   # see `random_colour`
+    angle: float = 0.2,                         # largest turn, radians
+    total: int = 0, part: slice = slice(None)   # if `images` are rows `part` of a batch of `total`: their views are those of the whole batch
+) -> torch.Tensor:                              # float32 (N, 3, size, size) in [0, 1], where the images are
     "One random view of each image; outside the image is white."
-    grid = F.affine_grid(random_affine(len(images), g, scale=scale), (len(images), 3, size, size), align_corners=False)
-    return random_colour(1 - F.grid_sample(1 - images.float() / 255, grid, align_corners=False), g, strength=strength, gray=gray)
+    matrix = random_affine(total or len(images), g, scale=scale, angle=angle)[part].to(images.device)
+    grid = F.affine_grid(matrix, (len(images), 3, size, size), align_corners=False)
+    return random_colour(1 - F.grid_sample(1 - images.float() / 255, grid, align_corners=False), g, strength=strength, gray=gray, total=total, part=part)

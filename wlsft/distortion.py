@@ -13,6 +13,7 @@ from torch import nn
 from .adapters import as_tokens, replay_sites
 from .data import Suite
 from .encoders import prepare
+from .files import decoded
 from .knn_eval import knn_search
 
 # %% ../nbs/04_distortion.ipynb #827f4011
@@ -35,7 +36,7 @@ def block_features(
     hooks = [m.register_forward_pre_hook(lambda m, a, s=s: out[s].append(as_tokens(a[0]).mean(1).float().cpu())) for s, m in sites.items()]
     try:
         encoder.eval()
-        for batch in images.split(batch_size): out["feature"].append(encoder(prepare(encoder, batch.to(next(encoder.parameters()).device))).float().cpu())
+        for batch in decoded(images, batch_size): out["feature"].append(encoder(prepare(encoder, batch.to(next(encoder.parameters()).device))).float().cpu())
     finally:
         encoder.train(mode)
         for h in hooks: h.remove()

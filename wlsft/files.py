@@ -105,7 +105,7 @@ class ImageFiles:
     def __len__(self) -> int: return len(self.at)
     @property
     def shape(self) -> tuple[int, int, int, int]: return (len(self), 3, self.size, self.size)
-    def __getitem__(self, rows) -> "ImageFiles": return replace(self, at=self.at[np.asarray(rows)])
+    def __getitem__(self, rows) -> "ImageFiles": return replace(self, at=self.at[rows if isinstance(rows, slice) else np.asarray(rows)])
     def __add__(self, other: "ImageFiles") -> "ImageFiles":
         moved = other.at + [len(self.sources), 0]
         return replace(self, sources=self.sources + other.sources, at=np.concatenate([self.at, moved]))
