@@ -27,7 +27,8 @@ from .lp_ft import class_objective, classifier_name
 from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
 from .study import ParameterError, check_choice, check_range, progress, with_defaults
-from .train import embed, finetune, in_pieces, optimiser, run_name, schedule, train_step
+from .features import embed, own
+from .train import finetune, in_pieces, optimiser, run_name, schedule, train_step
 
 # %% ../nbs/07_flyp.ipynb #663e7a10
 def prompt_tokens(model: ImageText, classes: Sequence[str], templates: Sequence) -> torch.Tensor:
@@ -45,8 +46,8 @@ def flyp_objective(
     def loss(feature: torch.Tensor, pick: torch.Tensor, g: torch.Generator) -> torch.Tensor:
         label = labels[pick]
         drawn = tokens[label, torch.randint(tokens.shape[1], (len(pick),), generator=g)].to(feature.device)
-        text, group = in_pieces(model.words, drawn, micro), everyone(label.to(feature.device))
-        return contrastive_loss(everyone(feature), everyone(text), model.clip.logit_scale.exp().clamp(max=100), *collided(group, collisions))
+        text = everyone(in_pieces(model.words, drawn[own(len(drawn))], micro))            # `feature` is everyone's already
+        return contrastive_loss(feature, text, model.clip.logit_scale.exp().clamp(max=100), *collided(label.to(feature.device), collisions))
     return loss
 
 # %% ../nbs/07_flyp.ipynb #deea1cca

@@ -19,7 +19,7 @@ from .image_text import zero_shot_head
 from .losses import prompt_templates
 from .study import ParameterError, atomic_write, check_range, progress
 from .runs import Run
-from .train import embed
+from .features import embed
 
 # %% ../nbs/05_interpolation.ipynb #e8ad7aba
 def interpolate(

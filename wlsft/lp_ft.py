@@ -20,7 +20,8 @@ from .encoders import load_encoder
 from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
 from .study import check_choice, check_range, with_defaults
-from .train import LOOP, embed, finetune
+from .features import embed
+from .train import LOOP, finetune
 
 # %% ../nbs/06_lp_ft.ipynb #f84cdfe1
 def class_objective(head: nn.Linear, labels: torch.Tensor) -> Callable:
