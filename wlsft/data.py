@@ -90,13 +90,14 @@ def load_emojishift(
 class Suite:
     "Named evaluation sets over one tensor of images. All indices point into `images`."
     name: str
-    images: torch.Tensor                    # uint8 (N, 3, H, W)
+    images: torch.Tensor                    # uint8 (N, 3, H, W), or `ImageFiles` (chapter 00_files)
     labels: torch.Tensor                    # int64 (N,)
     concepts: np.ndarray                    # str (N,): images of one concept are not independent
     classes: list[str]
     sets: dict[str, torch.Tensor]           # name -> query indices
     shift: dict[str, str]                   # name -> ID, OOD or SEEN (seen concepts: never averaged into OOD)
-    banks: dict[str, dict[str, torch.Tensor]] # bank name -> set name -> bank indices
+    banks: dict[str, dict[str, torch.Tensor]] # bank name -> set name -> bank indices; a set without such a bank is left out
+    view: dict[str, torch.Tensor] = field(default_factory=dict) # set name -> int64 (C,): what each class is to that set, -1: nothing (chapter 00_suites)
 
 def emojishift_suite(
     emoji: EmojiShift # loaded images

@@ -42,15 +42,25 @@ def knn_search(
 ) -> tuple[torch.Tensor, torch.Tensor]:      # cosines (N, k), falling; bank rows (N, k)
     "The k most similar bank rows of each query by cosine; ties go to the lower row. This path is the reference."
     check_range("k", k, 1, len(bank) - (exclude is not None), integer=True)
-    query, bank = F.normalize(query, dim=1), F.normalize(bank, dim=1)
-    rows, out = max(1, chunk_bytes // (4 * len(bank))), []
-    for start in range(0, len(query), rows):
-        sim = query[start:start + rows] @ bank.T
-        if exclude is not None:
-            hit = (exclude[start:start + rows] >= 0).nonzero()[:, 0]
-            sim[hit, exclude[start:start + rows][hit]] = -torch.inf
-        out.append(_exact_topk(sim, k))
-    return torch.cat([v for v, _ in out]), torch.cat([i for _, i in out])
+    query, piece = F.normalize(query, dim=1), max(k, chunk_bytes // (8 * bank.shape[1]))
+    rows, best = max(1, chunk_bytes // (8 * min(piece, len(bank)))), {}
+    for at in range(0, len(bank), piece):                                  # a mapped bank is never in memory as a whole
+        part = F.normalize(bank[at:at + piece], dim=1)
+        for start in range(0, len(query), rows):
+            sim = query[start:start + rows] @ part.T
+            if exclude is not None:
+                here = exclude[start:start + rows] - at
+                hit = ((here >= 0) & (here < len(part))).nonzero()[:, 0]
+                sim[hit, here[hit]] = -torch.inf
+            values, index = _exact_topk(sim, min(k, len(part)))
+            best[start] = _merge(best.get(start), (values, index + at), k)
+    return torch.cat([v for v, _ in best.values()]), torch.cat([i for _, i in best.values()])
+
+def _merge(old: tuple | None, new: tuple, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "The k best of two lists of (similarities, bank rows), by similarity and then the lower row; all rows of `old` are below those of `new`."
+    if old is None: return new
+    values, order = torch.cat([old[0], new[0]], 1).sort(dim=1, descending=True, stable=True)
+    return values[:, :k], torch.cat([old[1], new[1]], 1).gather(1, order)[:, :k]
 
 # %% ../nbs/04_knn_eval.ipynb #b37393c6
 def knn_search_faiss(query: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,22 +101,30 @@ def knn_rows(
     for bank in banks:
         check_choice("bank", bank, suite.banks)
         for name in suite.sets if sets is None else sets:
-            queries, members = suite.sets[check_choice("set", name, suite.sets)], suite.banks[bank][name]
+            queries = suite.sets[check_choice("set", name, suite.sets)]
+            if name not in suite.banks[bank]: continue
+            members = suite.banks[bank][name]
             place = torch.full((len(suite.images),), -1)
             place[members] = torch.arange(len(members))
             own = place[queries]
             own = own if (own >= 0).any() else None
             fit = [k for k in ks if k <= len(members) - (own is not None)]
-            cosines, found = knn_search(features[queries], features[members], max(fit), own)
-            for k, votes in knn_votes(cosines, suite.labels[members][found], len(suite.classes), fit, temperature).items():
-                right = (votes.argmax(1) == suite.labels[queries]).numpy()
+            if not fit: continue
+            cosines, found = knn_search(features[queries], _rows(features, members), max(fit), own)
+            see = suite.view.get(name, torch.arange(len(suite.classes)))
+            for k, votes in knn_votes(cosines, see[suite.labels[members]][found], len(suite.classes), fit, temperature).items():
+                right = (votes.argmax(1) == see[suite.labels[queries]]).numpy()
                 keep = dict(correct=right.tolist(), concept=suite.concepts[queries].tolist()) if k == main_k else dict(correct=None, concept=None)
                 rows.append(dict(protocol=bank, k=k, temperature=temperature, set=name, split=suite.shift[name], metric="accuracy", value=100 * right.mean(), n=len(right), **keep))
     return pd.DataFrame(rows)
 
+def _rows(features: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    "`features[at]`, without a copy where the rows follow each other."
+    return features[int(at[0]):int(at[-1]) + 1] if len(at) and torch.equal(at, torch.arange(int(at[0]), int(at[0]) + len(at))) else features[at]
+
 def needed(suite: Suite, sets: Sequence[str], banks: Sequence[str] = ("id",)) -> torch.Tensor:
     "Sorted indices of every image that these sets and banks read."
-    parts = [suite.sets[s] for s in sets] + [suite.banks[b][s] for b in banks for s in sets]
+    parts = [suite.sets[s] for s in sets] + [suite.banks[b][s] for b in banks for s in sets if s in suite.banks[b]]
     return torch.cat(parts).unique()
 
 # %% ../nbs/04_knn_eval.ipynb #9c55e7e3

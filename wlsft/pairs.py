@@ -52,7 +52,7 @@ def _there(path: Path, tree: str) -> Path:
     if not path.exists(): raise DataError(f"nothing at {path}; expected: {tree}")
     return path
 
-# %% ../nbs/00_pairs.ipynb #71ac6531
+# %% ../nbs/00_pairs.ipynb #f1bbd4f8
 def imagenet_ids() -> list[str]:
     "The 1,000 WordNet numbers in the order of the labels."
     from timm.data import ImageNetInfo
@@ -67,9 +67,9 @@ def class_files(folder: Path) -> dict[str, list[Path]]:
     if empty: raise DataError(f"class {empty[0]!r} of {folder} has no image ({len(empty)} such classes)")
     return found
 
-def is_validation(i: int) -> bool:
-    "Is the i-th image of a class, by sorted name, held out for ID validation?"
-    return i % 50 == 49
+def is_validation(i: int, n: int) -> bool:
+    "Is the i-th of a class's n images, by sorted name, held out for ID validation: one in fifty, of fewer the last?"
+    return i % 50 == 49 if n >= 50 else i == n - 1
 
 def imagenet_pairs(root: Path, n: int, seed: int, size: int, cache: str | Path, templates: Sequence[Callable] | None = None) -> PairCorpus:
     "ImageNet training images with prompts of their class."
@@ -79,7 +79,7 @@ def imagenet_pairs(root: Path, n: int, seed: int, size: int, cache: str | Path, 
     if strange: raise DataError(f"{root / 'imagenet/train'} has folders that are not ImageNet classes: {strange[:3]}")
     rng, rows = np.random.default_rng(seed), []
     for label, wnid in enumerate(w for w in ids if w in found):
-        train = [f for i, f in enumerate(found[wnid]) if not is_validation(i)]
+        train = [f for i, f in enumerate(found[wnid]) if not is_validation(i, len(found[wnid]))]
         rows += [(turn, label, train[j]) for turn, j in enumerate(rng.permutation(len(train)))]
     texts = [[f(IMAGENET_CLASSNAMES[ids.index(w)]) for f in templates or OPENAI_IMAGENET_TEMPLATES] for w in ids if w in found]
     turns, group, paths = (np.array([r[0] for r in rows]), np.array([r[1] for r in rows]), [r[2] for r in rows])

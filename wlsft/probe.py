@@ -152,7 +152,10 @@ def head_rows(
     rows = []
     for name in sets:
         queries = suite.sets[check_choice("set", name, suite.sets)]
-        right = (F.linear(features[queries], head["weight"], head["bias"]).argmax(1) == suite.labels[queries]).numpy()
+        scores, see = F.linear(features[queries], head["weight"], head["bias"]), suite.view.get(name)
+        if see is not None:                                                # classes the set has not are no answers; merged ones count as one
+            scores = torch.full_like(scores, -torch.inf).scatter_reduce_(1, see[see >= 0].expand(len(scores), -1), scores[:, see >= 0], "amax")
+        right = (scores.argmax(1) == (suite.labels[queries] if see is None else see[suite.labels[queries]])).numpy()
         rows.append(dict(protocol="head", k=0, temperature=0.0, set=name, split=suite.shift[name], metric="accuracy", value=100 * right.mean(), n=len(right),
                          correct=right.tolist(), concept=suite.concepts[queries].tolist()))
     return pd.DataFrame(rows)
