@@ -1,4 +1,5 @@
-# make study   set up, then the whole default study -> figures/emojishift     (STUDY=grid SEEDS=3, DATA=/path, CORES=8)
+# make study   set up, then the whole default study -> figures/emojishift     (STUDY=grid SEEDS=3, DATA=/path, CORES=8,
+#              SET='{encoder: vit_base_patch16_224.dino=/path/file.pth}' in every run, PROCESSES=4 of torchrun a run)
 # make test    set up, then every test: the notebooks, then tests/
 # make docs    the documentation site -> _docs/
 # make readme  README.md from nbs/index.ipynb, numbers computed from data/results
@@ -9,6 +10,8 @@ STUDY  ?= emojishift
 SEEDS  ?= 1
 DATA   ?=
 CORES  ?= all
+SET    ?=
+PROCESSES ?= 1
 VENV   := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
@@ -22,7 +25,7 @@ $(VENV)/.ready: settings.ini setup.py constraints.txt
 	touch $@
 
 study: setup
-	snakemake --cores $(CORES) --quiet rules --rerun-triggers mtime --rerun-incomplete --keep-going --config study=$(STUDY) seeds=$(SEEDS) data=$(DATA)
+	snakemake --cores $(CORES) --quiet rules --rerun-triggers mtime --rerun-incomplete --keep-going --config study=$(STUDY) seeds=$(SEEDS) data=$(DATA) processes=$(PROCESSES) set="$(SET)"
 	@echo "figures are in figures/$(STUDY)"
 
 test: setup

@@ -10,8 +10,7 @@ __all__ = ['MEASURES', 'by_measure', 'against_base', 'seed_means', 'figure_scatt
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from .data import OOD_STYLES
-from .figures import HUES, KEY, bootstrap_table, chosen_alpha, label_of, logit, with_interval
+from .figures import HUES, KEY, ood_sets, bootstrap_table, chosen_alpha, label_of, logit, with_interval
 
 # %% ../nbs/09_comparison.ipynb #bcbf5e1e
 MEASURES = {"id": "k-NN", "probe": "refitted probe", "head": "own head"}
@@ -31,7 +30,7 @@ def against_base(t: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/09_comparison.ipynb #dc3ac645
 def seed_means(rows: pd.DataFrame) -> pd.DataFrame:
     "ID and mean OOD accuracy of every run at every alpha and measure: KEY, seed, run, measure, ID, OOD."
-    d = rows[rows.protocol.isin(MEASURES) & rows.correct.notna() & rows["set"].isin(["id-test", *OOD_STYLES])]
+    d = rows[rows.protocol.isin(MEASURES) & rows.correct.notna() & rows["set"].isin(["id-test", *ood_sets(rows["set"])])]
     d = d.assign(measure=d.protocol.map(MEASURES), split=np.where(d["set"] == "id-test", "ID", "OOD"))
     return d.groupby([*KEY, "seed", "run", "measure", "split"]).value.mean().unstack("split").reset_index()
 

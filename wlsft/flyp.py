@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CODE', 'FLYP', 'FEW', 'prompt_tokens', 'flyp_objective', 'check_flyp', 'image_text_name', 'what_trains',
-           'start_head', 'held_to_start', 'train_image_text', 'chapter_of', 'name_of', 'draw_shots', 'few_shot',
+           'start_head', 'held_to_start', 'train_image_text', 'chapter_of', 'name_of', 'main', 'draw_shots', 'few_shot',
            'few_shot_rows', 'over_draws']
 
 # %% ../nbs/07_flyp.ipynb #879565ea
@@ -23,12 +23,12 @@ from .data import Suite, emojishift_suite, load_emojishift, random_views
 from .encoders import load_encoder
 from .image_text import ImageText, check_prompts, is_pair_model, zero_shot_head
 from .losses import COLLISIONS, collided, contrastive_loss, everyone, prompt_templates
-from .lp_ft import class_objective, classifier_name
+from .lp_ft import class_objective, classifier_name, train_classifier
 from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
-from .study import ParameterError, check_choice, check_range, progress, with_defaults
-from .features import embed, own
-from .train import finetune, in_pieces, optimiser, run_name, schedule, train_step
+from .study import ParameterError, check_choice, check_range, parse_value, progress, with_defaults
+from .features import embed, own, pick_device, processes
+from .train import DEFAULTS as TEXT, finetune, in_pieces, optimiser, run_name, schedule, train_run, train_step
 
 # %% ../nbs/07_flyp.ipynb #663e7a10
 def prompt_tokens(model: ImageText, classes: Sequence[str], templates: Sequence) -> torch.Tensor:
@@ -51,7 +51,7 @@ def flyp_objective(
     return loss
 
 # %% ../nbs/07_flyp.ipynb #deea1cca
-METHODS, CODE = ("LP", "FT", "LP-FT", "L2-SP", "FLYP"), ("data", "image_text", "encoders", "adapters", "losses", "train", "probe", "lp_ft", "flyp")
+METHODS, CODE = ("LP", "FT", "LP-FT", "L2-SP", "FLYP"), ("data", "image_text", "encoders", "adapters", "losses", "features", "train", "probe", "lp_ft", "flyp")
 FLYP = dict(method="FLYP", encoder="clip_emojishift", adapter="full", source="recorded", blocks=[], memory=64, rank=64, collisions="negatives", epochs=1,
             batch_size=128, micro=0, lr=1e-4, weight_decay=0.1, l2=0.01, strengths=45, seed=0)
 
@@ -96,17 +96,18 @@ def held_to_start(model: nn.Module, objective: Callable, weight: float) -> Calla
 # %% ../nbs/07_flyp.ipynb #cba24f4c
 def train_image_text(
     params: dict,                                # some of `FLYP`
-    runs: str | Path = "", root: str | Path = "" # where runs are kept; the data folder
+    runs: str | Path = "", root: str | Path = "", device: str = "" # where runs are kept; the data folder; see `pick_device`
 ) -> Path:                                       # the run's folder
     "Tune an image-text model on the ID training images of EmojiShift, resuming or skipping as the folder allows."
     p = with_defaults(params, FLYP)
     check_flyp(p)
     folder, start = runs_folder(runs) / image_text_name(p, root), time.time()
     if (folder / "run.json").is_file(): return folder
-    model, suite = load_encoder(p["encoder"], root), emojishift_suite(load_emojishift(root))
+    model, suite = load_encoder(p["encoder"], root).to(pick_device(device)), emojishift_suite(load_emojishift(root))
     base, rows, names = weights_digest(model), suite.banks["id"]["id-test"], [c.replace("-", " ") for c in suite.classes]
     images, labels, zero = suite.images[rows], suite.labels[rows], zero_shot_head(model, names, prompt_templates())
     head, strength = (nn.Identity(), None) if p["method"] == "FLYP" else start_head(model, p["method"], images, labels, zero, np.logspace(-6, 5, p["strengths"]), suite.concepts[rows], p["seed"])
+    head = head.to(next(model.parameters()).device)
     adapt(model, p["adapter"], images, p["blocks"], p["source"], p["memory"], p["rank"], seed=p["seed"])
     what_trains(model, p["method"], p["adapter"])
     before, history = {k: v.clone() for k, v in model.state_dict().items()}, []
@@ -115,7 +116,8 @@ def train_image_text(
     decay = 0.0 if p["method"] == "L2-SP" else p["weight_decay"]
     if p["method"] != "LP": history = finetune(model, head, images, objective, p["epochs"], p["batch_size"], p["lr"], p["lr"], decay, p["seed"], folder / "state.pt", p["micro"])
     info = dict(parameters={**p, "corpus": "emojishift-prompts" if p["method"] == "FLYP" else "emojishift-labels"}, name=folder.name, history=history, encoder_digest=base, images=len(images), probe_strength=strength, **provenance(model, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
-    save_run(folder, before, model.state_dict(), info, ({}, {}) if p["method"] == "FLYP" else (dict(zero, weight=zero["weight"] * before["clip.logit_scale"].exp()), head.state_dict()))
+    if processes()[0] == 0: save_run(folder, before, model.state_dict(), info, ({}, {}) if p["method"] == "FLYP" else (dict(zero, weight=zero["weight"] * before["clip.logit_scale"].exp().cpu()), head.state_dict()))
+    if processes()[1] > 1: torch.distributed.barrier()
     return folder
 
 # %% ../nbs/07_flyp.ipynb #71d75dee
@@ -126,6 +128,25 @@ def chapter_of(params: dict) -> str:
 def name_of(params: dict, root: str | Path = "") -> str:
     "The name that `chapter_of` will give the run."
     return {"03_train": run_name, "06_lp_ft": classifier_name, "07_flyp": image_text_name}[chapter_of(params)](params, root)
+
+# %% ../nbs/07_flyp.ipynb #0576d7d4
+def main(
+    argv: list[str] | None = None # arguments; the command line's by default
+) -> None:
+    "`wlsft-train [-p NAME VALUE]...`: train the run of these parameters, one of the chapters 03, 06 and 07."
+    import argparse, os
+    parser = argparse.ArgumentParser("wlsft-train", description="Train a run; under `torchrun --nproc_per_node N --no-python wlsft-train ...` N processes share each batch.")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter of the chapter")
+    p = {k: parse_value(v) for k, v in parser.parse_args(argv).p}
+    where = dict(runs=p.pop("runs", ""), root=p.pop("data", ""), device=p.pop("device", ""))
+    p.pop("study", None)
+    together = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if together: torch.distributed.init_process_group("nccl" if torch.cuda.is_available() and where["device"] != "cpu" else "gloo")
+    train = {"03_train": train_run, "06_lp_ft": train_classifier, "07_flyp": train_image_text}[chapter_of({"encoder": TEXT["encoder"], **p})]
+    try: print(train(p, **where)) if processes()[0] == 0 else train(p, **where)
+    except ParameterError as e: raise SystemExit(f"wlsft-train: {e}") from e
+    finally:
+        if together: torch.distributed.destroy_process_group()
 
 # %% ../nbs/07_flyp.ipynb #58f2f834
 def draw_shots(suite: Suite, classes: Sequence[int], shots: int, draw: int) -> tuple[torch.Tensor, torch.Tensor]:

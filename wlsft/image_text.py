@@ -53,7 +53,7 @@ def small_clip() -> ImageText:
     vision = dict(timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="linear", timm_proj_bias=True)
     clip = CustomTextCLIP(384, vision, dict(hf_model_name=minilm_folder(), hf_pooler_type="mean_pooler", hf_proj_type=None))
     clip.visual.set_input_size(64)
-    cfg = dict(input_size=(3, 64, 64), mean=clip.visual.trunk.pretrained_cfg["mean"], std=clip.visual.trunk.pretrained_cfg["std"])
+    cfg = dict(input_size=(3, 64, 64), mean=clip.visual.trunk.pretrained_cfg["mean"], std=clip.visual.trunk.pretrained_cfg["std"], crop_pct=1.0)
     return ImageText(clip, HFTokenizer(minilm_folder(), context_length=32), cfg, 384)
 
 # %% ../nbs/01_image_text.ipynb #1e9182d7
@@ -91,7 +91,7 @@ def load_image_text(
         size = shape["size"] if isinstance(shape["size"], (tuple, list)) else (shape["size"],) * 2
         with torch.no_grad(): width = clip.encode_image(torch.zeros(1, 3, *size)).shape[1]
     except Exception as e: raise DataError(f"open_clip cannot load {name} ({e}); offline, name a file of its weights: {kind}/FILE") from e
-    return ImageText(clip, open_clip.get_tokenizer(kind), dict(input_size=(3, *size), mean=shape["mean"], std=shape["std"]), width).eval()
+    return ImageText(clip, open_clip.get_tokenizer(kind), dict(input_size=(3, *size), mean=shape["mean"], std=shape["std"], crop_pct=1.0), width).eval()
 
 # %% ../nbs/01_image_text.ipynb #f1017711
 def check_prompts(classes: Sequence[str], templates: Sequence[Callable[[str], str] | str]) -> list[Callable[[str], str]]:

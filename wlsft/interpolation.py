@@ -19,7 +19,7 @@ from .image_text import zero_shot_head
 from .losses import prompt_templates
 from .study import ParameterError, atomic_write, check_range, progress
 from .runs import Run
-from .features import embed
+from .features import embed, extract, pick_device, processes
 
 # %% ../nbs/05_interpolation.ipynb #e8ad7aba
 def interpolate(
@@ -52,27 +52,41 @@ def alpha_sweep(
     alphas: Sequence[float],      # each in [0, 1]
     study: str,                   # a label
     cells: bool = False,          # at alpha 0 and 1, also the seen concepts and the banks `ood` and `mixed`
-    deep: bool = False            # also `probe_rows` and `distortion_rows` at every alpha
+    deep: bool = False,           # also `probe_rows` and `distortion_rows` at every alpha
+    device: str = "", bf16: bool = False, # see `pick_device` and `embed`
+    scratch: str | Path = ""      # a folder: features go there, mapped, and an interrupted sweep continues; empty: features stay in memory
 ) -> pd.DataFrame:                # the rows of design: study, method, ..., value, n, correct, concept
     "Rows of theta(alpha) for every alpha: k-NN, and a classifier's head, for FLYP that of its words; the run's encoder is left at `theta_0`."
     p, parts = run.info["parameters"], []
     held = [s for s in suite.sets if suite.shift[s] != "SEEN"]
-    run.encoder.load_state_dict(run.theta_0)
+    run.encoder.to(pick_device(device)).load_state_dict(run.theta_0)
     before = held_out_features(run.encoder, suite) if deep else {}
-    features = torch.zeros(len(suite.images), run.encoder.num_features)
     for alpha in progress(alphas, "alpha"):
+        done = Path(scratch) / f"{run.name}-{alpha:.6f}-{cells:d}{deep:d}.parquet" if scratch else None
+        if done and done.is_file():
+            parts.append(pd.read_parquet(done))
+            continue
         full = cells and alpha in (0, 1)
         sets, banks = (list(suite.sets), list(suite.banks)) if full else (held, ["id"])
-        use = needed(suite, sets, banks)
         run.encoder.load_state_dict(interpolate(run.theta_0, run.theta_1, alpha))
-        features[use] = embed(run.encoder, suite.images[use])
+        features = _features(run.encoder, suite, needed(suite, sets, banks), done.with_suffix(".npy") if done else None, bf16)
         found = [knn_rows(features, suite, sets, banks)]
         if p.get("method") == "FLYP": found.append(head_rows(features, suite, sets, zero_shot_head(run.encoder, [c.replace("-", " ") for c in suite.classes], prompt_templates())))
         if run.head_1: found.append(head_rows(features, suite, sets, interpolate(run.head_0, run.head_1, alpha)))
         if deep: found += [probe_rows(features, suite, sets), distortion_rows(before, held_out_features(run.encoder, suite))]
         parts.append(pd.concat(found).assign(alpha=round(float(alpha), 6)))
+        if done and processes()[0] == 0:
+            write_rows(parts[-1], done)
+            done.with_suffix(".npy").unlink()
     run.encoder.load_state_dict(run.theta_0)
     return pd.concat(parts, ignore_index=True).assign(study=study, run=run.name, corpus=p["corpus"], encoder=p["encoder"], seed=p["seed"], lr=p["lr"], **method_names(p))
+
+def _features(encoder, suite: Suite, use: torch.Tensor, path: Path | None, bf16: bool) -> torch.Tensor:
+    "Features aligned with `suite.images`; only rows `use` are filled. In memory, or mapped at `path`."
+    if path and len(use) == len(suite.images): return extract(encoder, suite.images, path, bf16=bf16)
+    out = torch.zeros(len(suite.images), encoder.num_features)
+    out[use] = extract(encoder, suite.images[use], path, bf16=bf16) if path else embed(encoder, suite.images[use], bf16=bf16)
+    return out
 
 def write_rows(rows: pd.DataFrame, path: str | Path) -> None:
     "One parquet file of rows, atomically."

@@ -20,7 +20,7 @@ from .encoders import load_encoder
 from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
 from .study import check_choice, check_range, with_defaults
-from .features import embed
+from .features import embed, pick_device, processes
 from .train import LOOP, finetune
 
 # %% ../nbs/06_lp_ft.ipynb #f84cdfe1
@@ -29,7 +29,7 @@ def class_objective(head: nn.Linear, labels: torch.Tensor) -> Callable:
     return lambda feature, pick, g: F.cross_entropy(head(feature), labels[pick].to(feature.device))
 
 # %% ../nbs/06_lp_ft.ipynb #acfc0915
-METHODS, CODE = ("FT", "LP-FT"), ("data", "encoders", "adapters", "train", "probe", "lp_ft")
+METHODS, CODE = ("FT", "LP-FT"), ("data", "encoders", "adapters", "features", "train", "probe", "lp_ft")
 CLASSIFIER = dict(method="LP-FT", encoder="vit_tiny_emojishift", adapter="full", source="recorded", blocks=[], memory=64, rank=64, epochs=1,
                   batch_size=128, lr=3e-4, head_lr=1e-3, weight_decay=0.01, batch_norm="frozen", strengths=45, seed=0)
 
@@ -47,19 +47,19 @@ def classifier_name(params: dict, root: str | Path = "") -> str:
 # %% ../nbs/06_lp_ft.ipynb #1abe2f98
 def train_classifier(
     params: dict,                                # some of `CLASSIFIER`
-    runs: str | Path = "", root: str | Path = "" # where runs are kept; the data folder
+    runs: str | Path = "", root: str | Path = "", device: str = "" # where runs are kept; the data folder; see `pick_device`
 ) -> Path:                                       # the run's folder
     "FT or LP-FT on the ID training images of EmojiShift, resuming or skipping as the folder allows."
     p = with_defaults(params, CLASSIFIER)
     check_classifier(p)
     folder, start = runs_folder(runs) / classifier_name(p, root), time.time()
     if (folder / "run.json").is_file(): return folder
-    encoder, suite = load_encoder(p["encoder"], root), emojishift_suite(load_emojishift(root))
+    encoder, suite, where = load_encoder(p["encoder"], root), emojishift_suite(load_emojishift(root)), pick_device(device)
     base, rows = weights_digest(encoder), suite.banks["id"]["id-test"]
     images, labels = suite.images[rows], suite.labels[rows]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(p["seed"]); head = nn.Linear(encoder.num_features, len(suite.classes))
-    strength = None
+    strength, encoder, head = None, encoder.to(where), head.to(where)
     if p["method"] == "LP-FT":
         probe = fit_probe(embed(encoder, images).numpy(), labels.numpy(), len(suite.classes), "logistic", np.logspace(-6, 5, p["strengths"]), suite.concepts[rows], p["seed"])
         head.load_state_dict(dict(weight=probe.weight, bias=probe.bias)); strength = probe.strength
@@ -68,5 +68,6 @@ def train_classifier(
     encoder.train(p["batch_norm"] == "running")
     history = finetune(encoder, head, images, class_objective(head, labels), **{k: p[k] for k in LOOP}, state=folder / "state.pt")
     info = dict(parameters={**p, "corpus": "emojishift-labels"}, name=folder.name, history=history, encoder_digest=base, images=len(images), probe_strength=strength, **provenance(encoder, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
-    save_run(folder, before[0], encoder.state_dict(), info, (before[1], head.state_dict()))
+    if processes()[0] == 0: save_run(folder, before[0], encoder.state_dict(), info, (before[1], head.state_dict()))
+    if processes()[1] > 1: torch.distributed.barrier()
     return folder

@@ -163,7 +163,8 @@ def main(
 # %% ../nbs/00_study.ipynb #4a37c3be
 def expand_study(
     path: str | Path, # a YAML file of `nbs/studies`
-    seeds: int = 1    # seeds 0 .. seeds-1 of every run that does not set its own
+    seeds: int = 1,   # seeds 0 .. seeds-1 of every run that does not set its own
+    everywhere: dict = {} # parameters set in every run, over the file's
 ) -> list[dict]:      # parameters of each run, without repeats
     "Every run that a study asks for. YAML is read with the safe loader; unknown sections are refused."
     import itertools, yaml
@@ -176,6 +177,6 @@ def expand_study(
         keys = [k for k, v in run.items() if isinstance(v, list)]
         for values in itertools.product(*(run[k] for k in keys)):
             for seed in range(seeds):
-                p = {**spec.get("defaults", {}), "seed": seed, **run, **dict(zip(keys, values))}
+                p = {**spec.get("defaults", {}), "seed": seed, **run, **dict(zip(keys, values)), **everywhere}
                 if p not in out: out.append(p)
     return out

@@ -1,0 +1,139 @@
+"The studies of photographs, from files in the exact formats, on a ViT/16 shrunk to 64 wide: train, sweep, tables; two processes; the graph."
+import io
+import json
+import os
+import subprocess
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from PIL import Image
+from wlsft.figures import at_chosen_rate, beside_published, bootstrap_table, figure_alpha, figure_styles, selected
+from wlsft.interpolation import alpha_sweep
+from wlsft.pairs import imagenet_ids
+from wlsft.runs import load_run
+from wlsft.study import expand_study
+from wlsft.suites import load_suite, pin_suite
+from wlsft.train import train_run
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDIES = ("imagenet20k", "cc20k", "coco10k")
+
+
+def picture(path, colour, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(-60, 60, (90, 120, 3)) + 60 * np.eye(3)[colour] + 90
+    Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root, seed = tmp_path_factory.mktemp("daten-ü"), iter(range(10_000))
+    for folder, n in (("imagenet/train", 24), ("imagenet/val", 6), ("imagenet-r", 4), ("imagenet-a", 4), ("sketch", 4)):
+        for c in range(3):
+            for i in range(n):
+                picture(root / folder / imagenet_ids()[c] / f"{i:03}.JPEG", c, next(seed))
+    for c in range(3):
+        picture(root / f"imagenetv2-matched-frequency-format-val/{c}/0.jpeg", c, next(seed))
+    (root / "cc3m").mkdir()
+    with tarfile.open(root / "cc3m/00000.tar", "w") as tar:
+        for i in range(40):
+            image = picture(root / "x.jpg", i % 3, next(seed)).read_bytes()
+            for suffix, content in (("jpg", image if i % 9 else image[:500]), ("txt", f"a {['red', 'green', 'blue'][i % 3]} thing".encode())):
+                info = tarfile.TarInfo(f"{i:09}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    images = [dict(id=i, file_name=picture(root / f"coco/train2017/{i:012}.jpg", i % 3, next(seed)).name) for i in range(40)]
+    said = [dict(image_id=i, caption=f"{j} {['red', 'green', 'blue'][i % 3]} things") for i in range(40) for j in range(5)]
+    (root / "coco/annotations").mkdir()
+    (root / "coco/annotations/captions_train2017.json").write_text(json.dumps(dict(images=images, annotations=said)))
+    torch.manual_seed(0)
+    vit = timm.create_model("test_vit", num_classes=0)
+    torch.save(dict(teacher={f"module.backbone.{k}": v for k, v in vit.state_dict().items()}), root / "dino.pth")
+    pin_suite("imagenet", root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def small(data):
+    return dict(encoder=f"test_vit={data / 'dino.pth'}", images=24, epochs=1, batch_size=8, memory=4, rank=8)
+
+
+@pytest.fixture(scope="module")
+def swept(data, small, tmp_path_factory):
+    "Rows of one run of every adapter of every study."
+    runs, parts = tmp_path_factory.mktemp("runs"), []
+    suite = load_suite("imagenet", data, 160)
+    for study in STUDIES:
+        spec = {p["adapter"]: p for p in reversed(expand_study(ROOT / f"nbs/studies/{study}.yaml", 1, small))}
+        for p in spec.values():
+            p = {k: v for k, v in p.items() if k not in ("suite", "steps")}
+            run = load_run(train_run(p, runs, data), runs, data)
+            parts.append(alpha_sweep(run, suite, [0, 0.5, 1], study, scratch=tmp_path_factory.mktemp("scratch")))
+            assert run.info["pairs"] == 24 and (run.info["left_out"]["n"] > 0) == (study == "cc20k")
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_every_study_has_every_row(swept):
+    main = swept[(swept.k == 20) & (swept.protocol == "id")]
+    assert main.groupby(["corpus", "adapter", "alpha"])["set"].nunique().eq(6).all()
+    assert set(main.corpus) == set(STUDIES) and main.adapter.nunique() == 3
+    zero = main[main.alpha == 0].groupby("set").value
+    assert zero.nunique().eq(1).all()                                     # one pretrained encoder, whatever the study
+    assert main[main["set"] == "id-test"].value.min() > 60                # the classes are colours; chance is a third
+
+
+def test_the_figures_take_them(swept):
+    t = at_chosen_rate(swept)
+    boot = bootstrap_table(t, 20)
+    changes = selected(boot)
+    assert {"ID", "VAL", "OOD"} <= set(boot["set"])
+    for figure in (figure_alpha(boot), figure_styles(changes)):
+        assert len(figure[1])
+    published = pd.read_csv(ROOT / "data/published/dino_knn.csv")
+    renamed = t.assign(encoder="vit_base_patch16_224.dino=file")
+    assert beside_published(renamed, published).ours.notna().sum() == 1
+
+
+def test_rows_do_not_depend_on_workers(data, small):
+    suite = load_suite("imagenet", data, 160)
+    from wlsft.encoders import load_encoder
+    from wlsft.features import embed
+    few = suite.images[suite.sets["id-test"]]
+    encoder = load_encoder(small["encoder"], data)
+    assert torch.equal(embed(encoder, few, workers=2), embed(encoder, few, workers=0))
+    assert not torch.equal(embed(encoder, replace(few, crop=0.5)), embed(encoder, few))
+
+
+def test_two_processes_train_what_one_does(data, small, tmp_path):
+    p = {**small, "corpus": "coco10k", "adapter": "film", "lr": 0.01, "seed": 1}
+    one = load_run(train_run(p, tmp_path / "one", data), tmp_path / "one", data)
+    flags = [x for k, v in {**p, "runs": tmp_path / "two", "data": data}.items() for x in ("-p", k, str(v))]
+    done = subprocess.run(["torchrun", "--standalone", "--nproc_per_node", "2", "--no-python", "wlsft-train", *flags], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "WLSFT_QUIET": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = load_run(one.name, tmp_path / "two", data)
+    np.testing.assert_allclose(two.info["history"], one.info["history"], rtol=1e-4)
+    moved = [k for k in one.theta_1 if not torch.equal(one.theta_0[k], one.theta_1[k])]
+    assert moved
+    for k in moved:                                                       # AdamW divides by small numbers: rounding shows
+        torch.testing.assert_close(two.theta_1[k], one.theta_1[k], atol=2e-4, rtol=1e-3)
+
+
+def test_the_graph(data, tmp_path):
+    everywhere = f"{{encoder: 'test_vit={data / 'dino.pth'}', images: 24}}"
+    done = subprocess.run(["snakemake", "--cores", "1", "-n", "--quiet", "--config", "study=coco10k", f"data={data}", f"runs={tmp_path}", "processes=2", f"set={everywhere}"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_the_graph_says_what_is_missing(tmp_path):
+    (tmp_path / "encoders").mkdir()
+    done = subprocess.run(["snakemake", "--cores", "1", "-n", "--config", "study=cc20k", f"data={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "expected: the files of cc20k" in done.stdout + done.stderr
