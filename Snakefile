@@ -18,6 +18,7 @@ STEPS = {n: p.pop("steps", 10) for n, p in zip(NAMES, SPEC)}                    
 DEEP = {n: p.pop("deep", False) for n, p in zip(NAMES, SPEC)}                        # probes and distortion along alpha
 SUITE = dict(zip(NAMES, SUITES))
 PARAMS = dict(zip(NAMES, SPEC))
+REPORT = "09_flyp" if any(chapter_of(p) == "07_flyp" for p in SPEC) else "09_comparison"
 
 
 def together(p: dict) -> str:
@@ -38,7 +39,7 @@ localrules: collect,
 
 
 rule all:
-    input: f"figures/{STUDY}/alpha.png", [f"figures/{STUDY}/mechanism.png"] if any(DEEP.values()) else [],
+    input: f"figures/{STUDY}/alpha.png", [f"figures/{STUDY}/scatter.png"] if any(DEEP.values()) else [],
 
 
 rule train:
@@ -79,7 +80,7 @@ rule figures:
 
 rule comparison:
     input: rules.collect.output,
-    output: f"figures/{STUDY}/mechanism.png",
+    output: f"figures/{STUDY}/scatter.png",
     log: f"{RUNS}/studies/{STUDY}/comparison.log",
     params: lambda w: flags(dict(rows=f"{RUNS}/studies/{STUDY}", out=f"figures/{STUDY}", draws=2000, data=DATA)),
-    shell: "wlsft-run nbs/09_comparison.ipynb {RUNS}/studies/{STUDY}/comparison.ipynb {params} > {log} 2>&1"
+    shell: "wlsft-run nbs/{REPORT}.ipynb {RUNS}/studies/{STUDY}/comparison.ipynb {params} > {log} 2>&1"

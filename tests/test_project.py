@@ -33,7 +33,7 @@ def test_chapter_is_a_chapter(path):
     for word in ("**Question.**", "**Method.**", "**What you will see.**"):
         assert word in cells[1].source  # a cell of its own: nbdev's site drops what follows the summary in the title's cell
     exported = [c.source.count("\n") + 1 for c in cells if c.source.startswith("#| export")]
-    assert exported and max(exported) <= 60
+    assert max(exported, default=0) <= 60 and (exported or path.stem == "09_flyp")  # which only reports
     words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown")
     lines = sum(c.source.count("\n") + 1 for c in cells if c.cell_type == "code")
     assert words > 1.5 * lines
@@ -74,14 +74,16 @@ def test_study_expands_to_known_parameters(study):
     from wlsft.study import check_parameters, expand_study
     from wlsft.flyp import FLYP, chapter_of, check_flyp, name_of
     from wlsft.lp_ft import CLASSIFIER, check_classifier
+    from wlsft.pairs import REAL
     from wlsft.train import DEFAULTS, check_train
     kinds = {"03_train": (DEFAULTS, check_train), "06_lp_ft": (CLASSIFIER, check_classifier), "07_flyp": (FLYP, check_flyp)}
     runs, names = expand_study(ROOT / f"nbs/studies/{study}.yaml", 2), set()
+    photographs = study in REAL                  # a run's name needs their files: tests/test_photographs.py
     for run in runs:
-        for name in ("steps", "deep"): run.pop(name, None)
+        for name in ("steps", "deep", "suite"): run.pop(name, None)
         defaults, check = kinds[chapter_of(run)]
         check({**defaults, **check_parameters(run, notebook_parameters(ROOT / f"nbs/{chapter_of(run)}.ipynb"))})
-        names.add(name_of(run))
+        names.add(str(run) if photographs else name_of(run))
     assert len(names) == len(runs)
 
 
