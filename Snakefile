@@ -12,7 +12,7 @@ PROCESSES = int(config.get("processes", 1))                                     
 EVERYWHERE = config.get("set") or {}                                                 # Snakemake has parsed it as YAML, or it is text
 EVERYWHERE = yaml.safe_load(EVERYWHERE) if isinstance(EVERYWHERE, str) else EVERYWHERE
 SPEC = expand_study(f"nbs/studies/{STUDY}.yaml", check_range("seeds", int(config.get("seeds", 1)), 1, 100, integer=True), EVERYWHERE)
-SUITES = [p.pop("suite", "") for p in SPEC]
+SUITES = [p.get("suite", "") if "method" in p else p.pop("suite", "") for p in SPEC]     # chapters 06 and 07 train on a suite's images
 NAMES = [name_of(p, DATA) for p in SPEC]
 STEPS = {n: p.pop("steps", 10) for n, p in zip(NAMES, SPEC)}                         # of alpha; a run may ask for fewer
 DEEP = {n: p.pop("deep", False) for n, p in zip(NAMES, SPEC)}                        # probes and distortion along alpha

@@ -14,7 +14,9 @@ import timm
 import torch
 from PIL import Image
 from wlsft.figures import at_chosen_rate, beside_published, bootstrap_table, figure_alpha, figure_styles, selected
+from wlsft.flyp import train_image_text
 from wlsft.interpolation import alpha_sweep
+from wlsft.lp_ft import train_classifier
 from wlsft.pairs import imagenet_ids
 from wlsft.runs import load_run
 from wlsft.study import expand_study
@@ -53,6 +55,8 @@ def data(tmp_path_factory):
     said = [dict(image_id=i, caption=f"{j} {['red', 'green', 'blue'][i % 3]} things") for i in range(40) for j in range(5)]
     (root / "coco/annotations").mkdir()
     (root / "coco/annotations/captions_train2017.json").write_text(json.dumps(dict(images=images, annotations=said)))
+    (root / "breeds").mkdir()
+    (root / "breeds/living17.json").write_text(json.dumps(dict(fish=[[imagenet_ids()[0]], [imagenet_ids()[1]]], bird=[[imagenet_ids()[2]], [imagenet_ids()[2]]])))
     torch.manual_seed(0)
     vit = timm.create_model("test_vit", num_classes=0)
     torch.save(dict(teacher={f"module.backbone.{k}": v for k, v in vit.state_dict().items()}), root / "dino.pth")
@@ -99,6 +103,18 @@ def test_the_figures_take_them(swept):
     published = pd.read_csv(ROOT / "data/published/dino_knn.csv")
     renamed = t.assign(encoder="vit_base_patch16_224.dino=file")
     assert beside_published(renamed, published).ours.notna().sum() == 1
+
+
+@pytest.mark.parametrize("method", ["FLYP", "LP-FT"])
+def test_labels_of_a_suite(data, tmp_path, method):
+    kind = dict(encoder="clip_emojishift", micro=4) if method == "FLYP" else dict(encoder=f"test_vit={data / 'dino.pth'}", head_lr=0.01)
+    train = train_image_text if method == "FLYP" else train_classifier
+    run = load_run(train({**kind, "method": method, "suite": "living17", "batch_size": 8, "strengths": 2}, tmp_path, data), tmp_path, data)
+    cfg = run.encoder.pretrained_cfg
+    suite = load_suite("living17", data, cfg["input_size"][-1], cfg["crop_pct"])
+    assert run.info["images"] == 46 and run.info["parameters"]["corpus"].startswith("living17-")   # two of 48 are ID validation
+    rows = alpha_sweep(run, suite, [0, 1], "labels")
+    assert set(rows.protocol) == {"id", "head"} and set(rows["set"]) == {"id-val", "id-test", "living17"}
 
 
 def test_rows_do_not_depend_on_workers(data, small):

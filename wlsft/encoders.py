@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .data import DataError, data_folder
+from .data import DataError, shipped
 from .image_text import is_pair_model, load_image_text
 from .study import ParameterError
 
@@ -78,7 +78,7 @@ def _vit_tiny(root: str | Path) -> nn.Module:
     "The shipped ViT: timm's `vit_tiny_patch16_224` at 64 pixels; weights stored in half precision, used in single."
     import timm
     from safetensors.torch import load_file
-    path = data_folder(root) / "encoders/vit_tiny_emojishift.safetensors"
+    path = shipped("encoders/vit_tiny_emojishift.safetensors", root)
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0)
     try: model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     except Exception as e: raise DataError(f"{path} is missing, cut short or not this encoder ({e})") from e

@@ -181,7 +181,7 @@ def figure_paths(t: pd.DataFrame) -> tuple[plt.Figure, pd.DataFrame]:
     fig, axes = plt.subplots(1, len(encoders), figsize=(2.9 * len(encoders) + 1.8, 3.0), squeeze=False, layout="constrained")
     for ax, enc in zip(axes[0], encoders):
         for (adapter, corpus), g in d[d.encoder == enc].sort_values("alpha").groupby(["adapter", "corpus"]):
-            ax.plot(logit(g.ID), logit(g.OOD), color=HUES.get(adapter, "0.4"), ls=MARKS[corpus][1], lw=1.3, label=label_of(adapter, corpus))
+            ax.plot(logit(g.ID), logit(g.OOD), color=HUES.get(adapter, "0.4"), ls=MARKS.get(corpus, ("o", "-"))[1], lw=1.3, label=label_of(adapter, corpus))
             ax.plot(logit(g.ID.iloc[-1]), logit(g.OOD.iloc[-1]), "D", color=HUES.get(adapter, "0.4"), ms=4)
         ax.plot(logit(g.ID.iloc[0]), logit(g.OOD.iloc[0]), "k*", ms=10, zorder=5)
         x0, y0 = logit(g.ID.iloc[0]), logit(g.OOD.iloc[0])
@@ -245,7 +245,7 @@ def figure_styles(changes: pd.DataFrame, cells: Sequence = CELLS) -> tuple[plt.F
             g = d[(d.encoder == enc) & (d.adapter == a) & (d.corpus == c)].set_index("set").reindex(names)
             y = np.arange(len(names)) + (j - (len(cells) - 1) / 2) * 0.72 / len(cells)
             ax.hlines(y, g.low, g.high, color=HUES.get(a, "0.4"), lw=1.2)
-            ax.plot(g.value, y, MARKS[c][0], color=HUES.get(a, "0.4"), ms=4, label=label_of(a, c))
+            ax.plot(g.value, y, MARKS.get(c, ("o", "-"))[0], color=HUES.get(a, "0.4"), ms=4, label=label_of(a, c))
         ax.axvline(0, color="0.3", lw=0.8)
         ax.set(title=enc, xlabel="change in k-NN accuracy (points)", yticks=range(len(names)), yticklabels=names)
     axes[0, 0].invert_yaxis()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 from .adapters import ADAPTERS, adapt, is_adapter
-from .data import Suite, emojishift_suite, load_emojishift, random_views
+from .data import Suite, random_views
 from .encoders import load_encoder
 from .image_text import ImageText, check_prompts, is_pair_model, zero_shot_head
 from .losses import COLLISIONS, collided, contrastive_loss, everyone, prompt_templates
@@ -28,6 +28,8 @@ from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
 from .study import ParameterError, check_choice, check_range, parse_value, progress, with_defaults
 from .features import embed, own, pick_device, processes
+from .files import decoded
+from .suites import SUITES, load_training
 from .train import DEFAULTS as TEXT, finetune, in_pieces, optimiser, run_name, schedule, train_run, train_step
 
 # %% ../nbs/07_flyp.ipynb #663e7a10
@@ -53,11 +55,11 @@ def flyp_objective(
 # %% ../nbs/07_flyp.ipynb #deea1cca
 METHODS, CODE = ("LP", "FT", "LP-FT", "L2-SP", "FLYP"), ("data", "image_text", "encoders", "adapters", "losses", "features", "train", "probe", "lp_ft", "flyp")
 FLYP = dict(method="FLYP", encoder="clip_emojishift", adapter="full", source="recorded", blocks=[], memory=64, rank=64, collisions="negatives", epochs=1,
-            batch_size=128, micro=0, lr=1e-4, weight_decay=0.1, l2=0.01, strengths=45, seed=0)
+            batch_size=128, micro=0, lr=1e-4, weight_decay=0.1, l2=0.01, strengths=45, suite="emojishift", bf16=False, seed=0)
 
 def check_flyp(p: dict) -> None:
     "Refuse a wrong value of any parameter of this chapter before work starts."
-    check_choice("method", p["method"], METHODS); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("collisions", p["collisions"], COLLISIONS)
+    check_choice("method", p["method"], METHODS); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("collisions", p["collisions"], COLLISIONS); check_choice("suite", p["suite"], ["emojishift", *SUITES])
     for name, low, high in (("epochs", 1, 10_000), ("batch_size", 2, 65_536), ("micro", 0, 65_536), ("strengths", 1, 1000), ("seed", 0, 2**31 - 1)): check_range(name, p[name], low, high, integer=True)
     for name, high in (("lr", 10), ("weight_decay", 10), ("l2", 1e6)): check_range(name, p[name], 0, high)
     if p["method"] == "LP" and p["adapter"] != "full": raise ParameterError(f"adapter = {p['adapter']!r} has nothing to do with method = 'LP'; leave it at 'full'")
@@ -98,14 +100,15 @@ def train_image_text(
     params: dict,                                # some of `FLYP`
     runs: str | Path = "", root: str | Path = "", device: str = "" # where runs are kept; the data folder; see `pick_device`
 ) -> Path:                                       # the run's folder
-    "Tune an image-text model on the ID training images of EmojiShift, resuming or skipping as the folder allows."
+    "Tune an image-text model on the ID training images of a suite, resuming or skipping as the folder allows."
     p = with_defaults(params, FLYP)
     check_flyp(p)
     folder, start = runs_folder(runs) / image_text_name(p, root), time.time()
     if (folder / "run.json").is_file(): return folder
-    model, suite = load_encoder(p["encoder"], root).to(pick_device(device)), emojishift_suite(load_emojishift(root))
-    base, rows, names = weights_digest(model), suite.banks["id"]["id-test"], [c.replace("-", " ") for c in suite.classes]
-    images, labels, zero = suite.images[rows], suite.labels[rows], zero_shot_head(model, names, prompt_templates())
+    model = load_encoder(p["encoder"], root).to(pick_device(device))
+    base, (suite, rows, images, views) = weights_digest(model), load_training(p["suite"], model, root)
+    names, labels = [c.replace("-", " ") for c in suite.classes], suite.labels[rows]
+    zero = zero_shot_head(model, names, prompt_templates())
     head, strength = (nn.Identity(), None) if p["method"] == "FLYP" else start_head(model, p["method"], images, labels, zero, np.logspace(-6, 5, p["strengths"]), suite.concepts[rows], p["seed"])
     head = head.to(next(model.parameters()).device)
     adapt(model, p["adapter"], images, p["blocks"], p["source"], p["memory"], p["rank"], seed=p["seed"])
@@ -114,8 +117,8 @@ def train_image_text(
     objective = flyp_objective(model, labels, prompt_tokens(model, names, prompt_templates()), p["collisions"], p["micro"]) if p["method"] == "FLYP" else class_objective(head, labels)
     if p["method"] == "L2-SP": objective = held_to_start(model, objective, p["l2"])
     decay = 0.0 if p["method"] == "L2-SP" else p["weight_decay"]
-    if p["method"] != "LP": history = finetune(model, head, images, objective, p["epochs"], p["batch_size"], p["lr"], p["lr"], decay, p["seed"], folder / "state.pt", p["micro"])
-    info = dict(parameters={**p, "corpus": "emojishift-prompts" if p["method"] == "FLYP" else "emojishift-labels"}, name=folder.name, history=history, encoder_digest=base, images=len(images), probe_strength=strength, **provenance(model, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
+    if p["method"] != "LP": history = finetune(model, head, images, objective, p["epochs"], p["batch_size"], p["lr"], p["lr"], decay, p["seed"], folder / "state.pt", p["micro"], p["bf16"], views)
+    info = dict(parameters={**p, "corpus": f"{p['suite']}-{'prompts' if p['method'] == 'FLYP' else 'labels'}"}, name=folder.name, history=history, encoder_digest=base, images=len(images), probe_strength=strength, **provenance(model, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
     if processes()[0] == 0: save_run(folder, before, model.state_dict(), info, ({}, {}) if p["method"] == "FLYP" else (dict(zero, weight=zero["weight"] * before["clip.logit_scale"].exp().cpu()), head.state_dict()))
     if processes()[1] > 1: torch.distributed.barrier()
     return folder
@@ -169,6 +172,7 @@ def few_shot(
     "Full-batch steps on one draw, the step of the lowest validation loss kept (after the code of Goyal et al. 2022)."
     check_choice("method", method, ["FT", "FLYP"])
     train, val = draw_shots(suite, classes, shots, draw)
+    shown = torch.cat(list(decoded(suite.images[train], 64)))
     net, names, where = copy.deepcopy(model).eval(), [suite.classes[c].replace("-", " ") for c in classes], torch.full((len(suite.classes),), -1)
     where[list(classes)] = torch.arange(len(classes))
     labels, words = where[suite.labels], lambda: zero_shot_head(net, names, templates)
@@ -181,7 +185,7 @@ def few_shot(
         now = answer()
         loss_val = F.cross_entropy(F.linear(embed(net, suite.images[val]), **now), labels[val]).item()
         if best is None or loss_val < best[0]: best = (loss_val, now, copy.deepcopy(net.state_dict()))
-        loss = train_step(net, opt, objective, random_views(suite.images[train], g), torch.arange(len(train)), g, schedule(step, steps, 0)) if step < steps else float("nan")
+        loss = train_step(net, opt, objective, random_views(shown, g, size=shown.shape[-1]), torch.arange(len(train)), g, schedule(step, steps, 0)) if step < steps else float("nan")
         table.append(dict(step=step, validation=loss_val, loss=loss))
     net.load_state_dict(best[2])
     return _score(net, suite, labels, best[1]), pd.DataFrame(table)

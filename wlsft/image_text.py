@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from .data import DataError, data_folder
+from .data import DataError, shipped
 from .study import ParameterError
 
 # %% ../nbs/01_image_text.ipynb #9dd53c41
@@ -60,7 +60,7 @@ def small_clip() -> ImageText:
 def _shipped(root: str | Path) -> ImageText:
     "`small_clip` with the weights in `data/encoders`."
     from safetensors.torch import load_file
-    path, model = data_folder(root) / "encoders/clip_emojishift.safetensors", small_clip()
+    path, model = shipped("encoders/clip_emojishift.safetensors", root), small_clip()
     try: weights = {k: v.float() for k, v in load_file(path).items()}
     except Exception as e: raise DataError(f"{path} is missing or cut short ({e})") from e
     wrong = sorted(weights.keys() ^ {k for k in model.clip.state_dict() if not k.startswith("text.")})

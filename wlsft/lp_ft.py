@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .adapters import ADAPTERS, adapt
-from .data import emojishift_suite, load_emojishift
+from .suites import SUITES, load_training
 from .encoders import load_encoder
 from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
@@ -31,11 +31,11 @@ def class_objective(head: nn.Linear, labels: torch.Tensor) -> Callable:
 # %% ../nbs/06_lp_ft.ipynb #acfc0915
 METHODS, CODE = ("FT", "LP-FT"), ("data", "encoders", "adapters", "features", "train", "probe", "lp_ft")
 CLASSIFIER = dict(method="LP-FT", encoder="vit_tiny_emojishift", adapter="full", source="recorded", blocks=[], memory=64, rank=64, epochs=1,
-                  batch_size=128, lr=3e-4, head_lr=1e-3, weight_decay=0.01, batch_norm="frozen", strengths=45, seed=0)
+                  batch_size=128, lr=3e-4, head_lr=1e-3, weight_decay=0.01, batch_norm="frozen", strengths=45, suite="emojishift", bf16=False, seed=0)
 
 def check_classifier(p: dict) -> None:
     "Refuse a wrong value of any parameter of this chapter before work starts."
-    check_choice("method", p["method"], METHODS); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("batch_norm", p["batch_norm"], ["frozen", "running"])
+    check_choice("method", p["method"], METHODS); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("batch_norm", p["batch_norm"], ["frozen", "running"]); check_choice("suite", p["suite"], ["emojishift", *SUITES])
     for name, low, high in (("epochs", 1, 10_000), ("batch_size", 2, 65_536), ("strengths", 1, 1000), ("seed", 0, 2**31 - 1)): check_range(name, p[name], low, high, integer=True)
     for name in ("lr", "head_lr", "weight_decay"): check_range(name, p[name], 0, 10)
 
@@ -49,14 +49,14 @@ def train_classifier(
     params: dict,                                # some of `CLASSIFIER`
     runs: str | Path = "", root: str | Path = "", device: str = "" # where runs are kept; the data folder; see `pick_device`
 ) -> Path:                                       # the run's folder
-    "FT or LP-FT on the ID training images of EmojiShift, resuming or skipping as the folder allows."
+    "FT or LP-FT on the ID training images of a suite, resuming or skipping as the folder allows."
     p = with_defaults(params, CLASSIFIER)
     check_classifier(p)
     folder, start = runs_folder(runs) / classifier_name(p, root), time.time()
     if (folder / "run.json").is_file(): return folder
-    encoder, suite, where = load_encoder(p["encoder"], root), emojishift_suite(load_emojishift(root)), pick_device(device)
-    base, rows = weights_digest(encoder), suite.banks["id"]["id-test"]
-    images, labels = suite.images[rows], suite.labels[rows]
+    encoder, where = load_encoder(p["encoder"], root), pick_device(device)
+    base, (suite, rows, images, views) = weights_digest(encoder), load_training(p["suite"], encoder, root)
+    labels = suite.labels[rows]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(p["seed"]); head = nn.Linear(encoder.num_features, len(suite.classes))
     strength, encoder, head = None, encoder.to(where), head.to(where)
@@ -66,8 +66,8 @@ def train_classifier(
     adapt(encoder, p["adapter"], images, p["blocks"], p["source"], p["memory"], p["rank"], seed=p["seed"])
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (encoder, head)]
     encoder.train(p["batch_norm"] == "running")
-    history = finetune(encoder, head, images, class_objective(head, labels), **{k: p[k] for k in LOOP}, state=folder / "state.pt")
-    info = dict(parameters={**p, "corpus": "emojishift-labels"}, name=folder.name, history=history, encoder_digest=base, images=len(images), probe_strength=strength, **provenance(encoder, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
+    history = finetune(encoder, head, images, class_objective(head, labels), **{k: p[k] for k in LOOP}, state=folder / "state.pt", bf16=p["bf16"], views=views)
+    info = dict(parameters={**p, "corpus": f"{p['suite']}-labels"}, name=folder.name, history=history, encoder_digest=base, images=len(images), probe_strength=strength, **provenance(encoder, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
     if processes()[0] == 0: save_run(folder, before[0], encoder.state_dict(), info, (before[1], head.state_dict()))
     if processes()[1] > 1: torch.distributed.barrier()
     return folder

@@ -6,7 +6,7 @@
 __all__ = ['runs_folder', 'data_digest', 'name_run', 'weights_digest', 'provenance', 'Run', 'save_run', 'load_run']
 
 # %% ../nbs/03_runs.ipynb #d738ecc3
-import hashlib, json, re, resource, subprocess, sys
+import functools, hashlib, json, re, resource, subprocess, sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from .adapters import add_film, add_token_replay, is_adapter, replay_sites
 from .encoders import load_encoder
-from .data import DataError, data_folder
+from .data import DataError, data_folder, shipped
 from .study import ParameterError, atomic_write, code_digest, digest, write_json
 
 # %% ../nbs/03_runs.ipynb #a657ad09
@@ -24,10 +24,15 @@ def runs_folder(runs: str | Path = "") -> Path:
     return Path(runs) if str(runs) else data_folder().parent / "runs"
 
 def data_digest(encoder: str, root: str | Path = "") -> str:
-    "A short hash of EmojiShift's canaries and, for a shipped encoder, of its file."
-    folder = data_folder(root)
-    files = [f for f in (folder / "emojishift/canary.json", folder / f"encoders/{encoder}.safetensors") if f.is_file()]
-    return digest([hashlib.sha256(f.read_bytes()).hexdigest() for f in files])
+    "A short hash of EmojiShift's canaries and of the encoder's file, if it is shipped or named (MODEL=FILE)."
+    name, _, path = encoder.partition("=")
+    files = [shipped("emojishift/canary.json", root), Path(path) if path else shipped(f"encoders/{name}.safetensors", root)]
+    return digest([_sha(f, f.stat().st_mtime_ns) for f in files if f.is_file()])
+
+@functools.cache
+def _sha(path: Path, changed: int) -> str:
+    "SHA-256 of a file, computed once for each state of it."
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def name_run(
     front: str,               # a readable beginning
@@ -50,7 +55,7 @@ def weights_digest(encoder: nn.Module) -> str:
 def provenance(encoder: nn.Module, name: str, modules: Sequence[str], root: str | Path = "") -> dict:
     "Code, data, versions, number of weights trained and peak memory of this process, for `run.json`."
     import timm, open_clip
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=data_folder(root).parent, capture_output=True, text=True).stdout.strip()
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=data_folder().parent, capture_output=True, text=True).stdout.strip()
     unit = 2**20 if sys.platform == "darwin" else 2**10                    # macOS counts bytes, Linux kilobytes
     return dict(code=code_digest(*modules), data=data_digest(name, root), git=git, trained=sum(q.numel() for q in encoder.parameters() if q.requires_grad),
                 versions=dict(python=sys.version.split()[0], torch=torch.__version__, timm=timm.__version__, open_clip=open_clip.__version__),

@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['STL_TO_CIFAR', 'SUITES', 'SIZES', 'Part', 'tree', 'held_out', 'assemble', 'objectnet_part', 'canary', 'pin_suite',
-           'load_suite']
+           'load_suite', 'load_training']
 
-# %% ../nbs/00_suites.ipynb #ffbc4010
+# %% ../nbs/00_suites.ipynb #bdf3d130
 import hashlib, json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from torch import nn
 from .data import DataError, Suite, data_folder, emojishift_suite, load_emojishift
 from .files import ImageFiles, Items, Paths, Source
-from .pairs import class_files, imagenet_ids, is_validation, within
+from .pairs import PHOTOS, class_files, imagenet_ids, is_validation, within
 from .study import check_choice, write_json
 
 # %% ../nbs/00_suites.ipynb #ca6368ff
@@ -219,3 +220,16 @@ def load_suite(
         bad = [s for s in have if SIZES.get((name.removesuffix("-objectnet"), s), have[s]["n"]) != have[s]["n"]]
         if bad: raise DataError(f"{bad[0]} of suite {name} has {have[bad[0]]['n']} images, published are {SIZES[name.removesuffix('-objectnet'), bad[0]]}; if that is meant, pin it: wlsft.suites.pin_suite({name!r}, {str(folder)!r})")
     return assemble(name, classes, bank, parts, size, crop)
+
+# %% ../nbs/00_suites.ipynb #d9bb661c
+def load_training(
+    name: str, encoder: nn.Module, root: str | Path = ""         # see `load_suite`; whose input size and crop are taken; see `data_folder`
+) -> tuple[Suite, torch.Tensor, torch.Tensor | ImageFiles, dict]: # the suite; training rows; their images; options of `random_views`
+    "A suite as an encoder wants it, and what a classifier may be trained on."
+    cfg = encoder.pretrained_cfg
+    suite = load_suite(name, root, cfg["input_size"][-1], cfg["crop_pct"])
+    rows = suite.banks["id"]["id-test"]
+    rows = rows[~torch.isin(rows, suite.sets["id-val"])]
+    images = suite.images[rows]
+    if isinstance(images, ImageFiles): images = replace(images, size=round(images.size / 0.875), crop=1.0)
+    return suite, rows, images, {} if name == "emojishift" else PHOTOS
