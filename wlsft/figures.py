@@ -195,7 +195,7 @@ def figure_paths(t: pd.DataFrame) -> tuple[plt.Figure, pd.DataFrame]:
     return fig, d
 
 # %% ../nbs/09_figures.ipynb #f83b867c
-def figure_bars(d: pd.DataFrame, column: str, order: Sequence[str]) -> plt.Figure:
+def figure_bars(d: pd.DataFrame, column: str, order: Sequence[str], label: str = "change in k-NN accuracy (points)") -> plt.Figure:
     "Bars with intervals for ID and OOD, one group a value of `column`, one row an encoder; `d` has encoder, set, value, low, high."
     encoders = sorted(set(d.encoder))
     fig, axes = plt.subplots(1, len(encoders), figsize=(2.3 * len(encoders) + 2.0, 0.36 * len(order) + 0.9), sharey=True, squeeze=False, layout="constrained")
@@ -206,7 +206,7 @@ def figure_bars(d: pd.DataFrame, column: str, order: Sequence[str]) -> plt.Figur
             ax.barh(y, g.value, height=0.34, color=colour, alpha=0.75, label=s, hatch="" if s == "ID" else "///", edgecolor="white", lw=0)
             ax.hlines(y, g.low, g.high, color="0.25", lw=1.1)
         ax.axvline(0, color="0.3", lw=0.8)
-        ax.set(title=enc, xlabel="change in k-NN accuracy (points)", yticks=range(len(order)), yticklabels=order)
+        ax.set(title=enc, xlabel=label, yticks=range(len(order)), yticklabels=order)
     axes[0, 0].invert_yaxis()
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return fig
