@@ -2,11 +2,14 @@
 import os
 import socket
 
+import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from open_clip.loss import ClipLoss
+from wlsft.features import embed, extract
 from wlsft.losses import contrastive_loss, everyone
 
 N, WIDE, SCALE = 8, 5, 7.0
@@ -20,6 +23,11 @@ def batch():
 def tower():
     torch.manual_seed(1)
     return torch.nn.Linear(WIDE, 4)
+
+
+def pictures():
+    torch.manual_seed(2)
+    return timm.create_model("test_vit", num_classes=0), torch.randint(0, 256, (21, 3, 32, 32), dtype=torch.uint8)
 
 
 def loss_of(net, image, text, group, collisions):
@@ -38,6 +46,8 @@ def work(rank, port, folder):
         out[collisions] = (loss.detach(), net.module.weight.grad.clone())
     net, unit = tower(), torch.nn.functional.normalize
     out["open_clip"] = ClipLoss(gather_with_grad=True, rank=rank, world_size=2)(unit(net(image), dim=1), unit(net(text), dim=1), SCALE).detach()
+    features = extract(*pictures(), f"{folder}/features.npy", batch_size=4)
+    assert torch.equal(features, extract(*pictures(), f"{folder}/features.npy"))          # the second time it is read
     if rank == 0:
         torch.save(out, f"{folder}/out.pt")
     dist.destroy_process_group()
@@ -50,7 +60,7 @@ def two(tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mp.spawn(work, (port, str(folder)), nprocs=2)
-    return torch.load(folder / "out.pt", weights_only=True)
+    return {**torch.load(folder / "out.pt", weights_only=True), "features": np.load(folder / "features.npy"), "files": sorted(f.name for f in folder.iterdir())}
 
 
 @pytest.mark.parametrize("collisions", [False, True])
@@ -64,3 +74,8 @@ def test_two_processes_equal_one(two, collisions):
 
 def test_two_processes_equal_open_clip(two):
     torch.testing.assert_close(two[False][0], two["open_clip"], atol=1e-6, rtol=0)
+
+
+def test_two_processes_share_an_extraction(two):
+    np.testing.assert_allclose(two["features"], embed(*pictures()).numpy(), atol=1e-5, rtol=1e-4)
+    assert two["files"] == ["features.npy", "out.pt"]                                     # no notes, no halves
