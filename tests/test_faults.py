@@ -82,4 +82,4 @@ def test_rows_that_are_not_rows(tmp_path):
 
 def test_unknown_study_names_those_there_are():
     done = subprocess.run(["snakemake", "-n", "--config", "study=nothing"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and "there are: emojishift" in done.stdout + done.stderr
+    assert done.returncode != 0 and "there are: cc20k, coco10k, emojishift" in done.stdout + done.stderr
