@@ -58,6 +58,7 @@ def figure_scatter(t: pd.DataFrame, seeds: pd.DataFrame) -> tuple[plt.Figure, pd
     fig.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
     return fig, d
 
+# %% ../nbs/09_comparison.ipynb #66d2761d
 def _panel(ax, d: pd.DataFrame, seeds: pd.DataFrame, best: pd.Series, title: str) -> None:
     "One encoder and measure."
     for (adapter, corpus), g in d.sort_values("alpha").groupby(["adapter", "corpus"]):

@@ -72,7 +72,9 @@ def extract(
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         part, what = path.with_name(f".{path.name}.part"), dict(weights=weights_digest(encoder), shape=list(shape), batch_size=batch_size, bf16=bf16)
-        if rank == 0 and not part.is_file(): np.lib.format.open_memmap(part, "w+", np.float32, shape)
+        if rank == 0 and not part.is_file():
+            for note in path.parent.glob(f".{path.name}.*.json"): note.unlink()         # they tell of an array that is gone
+            np.lib.format.open_memmap(part, "w+", np.float32, shape)
         if world > 1: distributed.barrier()
         _extract_rows(encoder, images, part, what, own(len(images)), every, workers)
         if world > 1: distributed.barrier()
@@ -84,6 +86,7 @@ def extract(
     if found.shape != shape: raise DataError(f"{path} holds {found.shape}, not {shape}; delete it to extract again")
     return torch.from_numpy(found)
 
+# %% ../nbs/03_features.ipynb #c97079c1
 def _extract_rows(encoder: nn.Module, images, part: Path, what: dict, rows: slice, every: int, workers: int | None) -> None:
     "Fill `rows` of the array `part`, from where this process's note says it stopped."
     note, size = part.with_suffix(f".{rows.start}-{rows.stop}.json"), what["batch_size"]

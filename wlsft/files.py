@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from .data import DataError
-from .study import ParameterError, atomic_write, check_range, digest, progress, write_json
+from .study import atomic_write, check_range, digest, progress, write_json
 
 # %% ../nbs/00_files.ipynb #0f6834a6
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -54,6 +54,7 @@ class Paths:
         image, b = Image.open(self.paths[i]), self.border
         return image.crop((b, b, image.width - b, image.height - b)) if b else image
 
+# %% ../nbs/00_files.ipynb #867a1a30
 @dataclass(frozen=True)
 class TarMembers:
     "Images inside tars."
@@ -68,6 +69,7 @@ class TarMembers:
             f.seek(offset)
             return f.read(n)
 
+# %% ../nbs/00_files.ipynb #00293cf5
 @dataclass(frozen=True)
 class Items:
     "A data set of torchvision: item i is an image, or begins with one."

@@ -190,6 +190,7 @@ def few_shot(
     net.load_state_dict(best[2])
     return _score(net, suite, labels, best[1]), pd.DataFrame(table)
 
+# %% ../nbs/07_flyp.ipynb #d3be305a
 def _score(net: nn.Module, suite: Suite, labels: torch.Tensor, head: dict) -> dict[str, float]:
     "Accuracy of a head on the chosen classes of the ID test set and of every OOD set, in percent."
     out = {}

@@ -17,7 +17,7 @@ from .knn_eval import knn_rows, needed
 from .probe import head_rows, probe_rows
 from .image_text import zero_shot_head
 from .losses import prompt_templates
-from .study import ParameterError, atomic_write, check_range, progress
+from .study import ParameterError, atomic_write, check_range, digest, progress
 from .runs import Run
 from .features import embed, extract, pick_device, processes
 
@@ -61,8 +61,9 @@ def alpha_sweep(
     held = [s for s in suite.sets if suite.shift[s] != "SEEN"]
     run.encoder.to(pick_device(device)).load_state_dict(run.theta_0)
     before = held_out_features(run.encoder, suite) if deep else {}
+    asked = digest([suite.name, {s: len(q) for s, q in suite.sets.items()}, cells, deep, bf16])
     for alpha in progress(alphas, "alpha"):
-        done = Path(scratch) / f"{run.name}-{alpha:.6f}-{cells:d}{deep:d}.parquet" if scratch else None
+        done = Path(scratch) / f"{run.name}-{asked}-{alpha:.6f}.parquet" if scratch else None
         if done and done.is_file():
             parts.append(pd.read_parquet(done))
             continue
@@ -81,6 +82,7 @@ def alpha_sweep(
     run.encoder.load_state_dict(run.theta_0)
     return pd.concat(parts, ignore_index=True).assign(study=study, run=run.name, corpus=p["corpus"], encoder=p["encoder"], seed=p["seed"], lr=p["lr"], **method_names(p))
 
+# %% ../nbs/05_interpolation.ipynb #0920a375
 def _features(encoder, suite: Suite, use: torch.Tensor, path: Path | None, bf16: bool) -> torch.Tensor:
     "Features aligned with `suite.images`; only rows `use` are filled. In memory, or mapped at `path`."
     if path and len(use) == len(suite.images): return extract(encoder, suite.images, path, bf16=bf16)

@@ -118,6 +118,7 @@ def knn_rows(
                 rows.append(dict(protocol=bank, k=k, temperature=temperature, set=name, split=suite.shift[name], metric="accuracy", value=100 * right.mean(), n=len(right), **keep))
     return pd.DataFrame(rows)
 
+# %% ../nbs/04_knn_eval.ipynb #4482cc83
 def _rows(features: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     "`features[at]`, without a copy where the rows follow each other."
     return features[int(at[0]):int(at[-1]) + 1] if len(at) and torch.equal(at, torch.arange(int(at[0]), int(at[0]) + len(at))) else features[at]

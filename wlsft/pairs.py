@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from .data import CORPORA, DataError, PairCorpus, data_folder, emojishift_pairs, load_emojishift
 from .files import ImageFiles, Paths, Source, TarMembers, decode_first, tar_members
-from .study import ParameterError, check_choice, check_range, digest
+from .study import check_choice, check_range, digest
 
 REAL = dict(imagenet20k=20_000, cc20k=20_000, coco10k=10_000)   # and how many pairs each has by default
 PHOTOS = dict(angle=0.0, scale=(0.35, 1.0))                     # random views of photographs: not turned, no white corners
@@ -71,6 +71,7 @@ def is_validation(i: int, n: int) -> bool:
     "Is the i-th of a class's n images, by sorted name, held out for ID validation: one in fifty, of fewer the last?"
     return i % 50 == 49 if n >= 50 else i == n - 1
 
+# %% ../nbs/00_pairs.ipynb #0de2c0b9
 def imagenet_pairs(root: Path, n: int, seed: int, size: int, cache: str | Path, templates: Sequence[Callable] | None = None) -> PairCorpus:
     "ImageNet training images with prompts of their class."
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES

@@ -123,6 +123,7 @@ def _asked(read: Callable, expected: str):
     try: return read()
     except Exception as e: raise DataError(f"expected {expected} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from e
 
+# %% ../nbs/00_suites.ipynb #f3104259
 def _domainnet(root: Path, few: bool = False) -> tuple:
     base = root / "domainnet"
     lines = lambda f: _asked(lambda: [l.rsplit(" ", 1) for l in (base / f).read_text().splitlines() if l.strip()], f"{base}/{f} with lines such as sketch/axe/sketch_014_000001.jpg 14")
@@ -135,6 +136,7 @@ def _domainnet(root: Path, few: bool = False) -> tuple:
     both = {d: part(d, "test", train=part(d, "train")) for d in ("real", "clipart", "painting")}
     return [k.replace("_", " ") for k in keep], part("sketch", "train"), {"id-test": part("sketch", "test"), **both}
 
+# %% ../nbs/00_suites.ipynb #c0f64eb9
 def _breeds(root: Path, which: str) -> tuple:
     split = _asked(lambda: json.loads((root / f"breeds/{which}.json").read_text()), f'{root}/breeds/{which}.json: {{"superclass": [[ID WordNet numbers], [OOD ones]], ...}}')
     def part(folder: str, side: int) -> Part:
@@ -164,6 +166,7 @@ def _fmow(root: Path) -> tuple:
     old, late = range(2002, 2013), range(2016, 2018)
     return [n.replace("_", " ") for n in names], part("train", old), {"id-val": part("val", old), "id-test": part("test", old), "fmow-ood": part("test", late)}
 
+# %% ../nbs/00_suites.ipynb #668d6079
 def _torchvision(root: Path, kind: str, splits: dict[str, str]) -> tuple:
     import torchvision.datasets as d
     load = lambda split: _asked(lambda: getattr(d, kind)(str(root), split=split), f"{root} for torchvision's {kind}")
@@ -188,6 +191,7 @@ SUITES = {"imagenet": _imagenet, "imagenet-objectnet": lambda r: _imagenet(r, Tr
 SIZES = {("imagenet", "bank"): 1_281_167, ("imagenet", "id-test"): 50_000, ("imagenet", "imagenet-v2"): 10_000, ("imagenet", "imagenet-r"): 30_000, ("imagenet", "imagenet-a"): 7_500,
          ("imagenet", "imagenet-sketch"): 50_889, ("cifar10", "bank"): 50_000, ("cifar10", "id-test"): 10_000, ("cifar10", "cifar10.1"): 2_000, ("cifar10", "stl10"): 8_000}
 
+# %% ../nbs/00_suites.ipynb #74a74d87
 def canary(part: Part) -> dict:
     "Length, number of classes, and a hash of the sorted names (the last two steps of each path) with their labels."
     rows = sorted(f"{'/'.join(Path(part.source.name(i)).parts[-2:])} {y}" for i, y in enumerate(part.labels))
@@ -203,6 +207,7 @@ def pin_suite(name: str, root: str | Path) -> dict:
     write_json(data_folder(root) / f"canaries/{name}.json", have)
     return have
 
+# %% ../nbs/00_suites.ipynb #0637664a
 def load_suite(
     name: str, root: str | Path = "",    # `emojishift` or one of `SUITES`; see `data_folder`
     size: int = 224, crop: float = 0.875 # of decoded images: the encoder's input and `crop_pct`
