@@ -14,7 +14,7 @@ from .adapters import as_tokens, replay_sites
 from .data import Suite
 from .encoders import prepare
 from .files import decoded
-from .knn_eval import knn_search
+from .search import knn_search
 
 # %% ../nbs/04_distortion.ipynb #827f4011
 def linear_cka(
