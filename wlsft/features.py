@@ -59,7 +59,7 @@ def embed(
     workers: int | None = None                             # see `decoded`
 ) -> torch.Tensor:                                         # float32 (N, D) on the CPU, not normalised
     "Pooled features of all images, in evaluation mode; the model's mode, device and weights are left as they were."
-    return torch.cat(list(_walk(encoder, images, batch_size, bf16, workers)))
+    return torch.cat(list(_walk(encoder, images, batch_size, bf16, workers)), dim=-2)
 
 # %% ../nbs/03_features.ipynb #840849e3
 def extract(
@@ -68,7 +68,7 @@ def extract(
     batch_size: int = 64, bf16: bool = False, workers: int | None = None, every: int = 50 # see `embed`; batches between notes
 ) -> torch.Tensor:                                         # float32 (N, D), mapped
     "As `embed`, into an array on disk; resumes, and shares the rows among the processes of `torchrun`."
-    path, shape, (rank, world) = Path(path), (len(images), encoder.num_features), processes()
+    path, shape, (rank, world) = Path(path), (*getattr(encoder, "lead", ()), len(images), encoder.num_features), processes()
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         part, what = path.with_name(f".{path.name}.part"), dict(weights=weights_digest(encoder), shape=list(shape), batch_size=batch_size, bf16=bf16)
@@ -96,8 +96,8 @@ def _extract_rows(encoder: nn.Module, images, part: Path, what: dict, rows: slic
     if out.shape != tuple(what["shape"]): raise DataError(f"{part} holds {out.shape}, not {tuple(what['shape'])}; delete it to extract again")
     rest = images[torch.arange(done, rows.stop)]
     for i, y in enumerate(_walk(encoder, rest, size, what["bf16"], workers) if len(rest) else [], 1):
-        out[done:done + len(y)] = y.numpy()
-        done += len(y)
+        out[..., done:done + y.shape[-2], :] = y.numpy()
+        done += y.shape[-2]
         if i % every == 0 or done == rows.stop:
             out.flush()
             write_json(note, {**what, "done": done})

@@ -180,7 +180,7 @@ def finetune(
 
 # %% ../nbs/03_train.ipynb #5da11f24
 DEFAULTS = dict(encoder="tf_efficientnet_lite0", corpus="emojishift-keywords", adapter="film", source="recorded", blocks=[], memory=64, rank=64, epochs=1,
-                batch_size=128, lr=1e-3, head_lr=1e-3, weight_decay=0.01, collisions="positives", consistency=0.0, text_tower="minilm", images=0, bf16=False, seed=0)
+                batch_size=128, lr=1e-3, head_lr=1e-3, weight_decay=0.01, collisions="positives", consistency=0.0, text_tower="minilm", images=0, bf16=False, compiled=False, seed=0)
 CODE = ("data", "encoders", "adapters", "losses", "features", "files", "pairs", "train")     # modules that decide what is trained
 LOOP = ("epochs", "batch_size", "lr", "head_lr", "weight_decay", "seed")        # those of `finetune` that every chapter has
 
@@ -222,6 +222,7 @@ def train_run(
     adapt(encoder, p["adapter"], pairs.images, p["blocks"], p["source"], p["memory"], p["rank"], seed=p["seed"])
     theta_0 = {k: v.clone() for k, v in encoder.state_dict().items()}
     objective = pair_objective(head, pairs, table, p["collisions"], _consistency(encoder, p["consistency"]))
+    if p["compiled"]: encoder.compile()
     history = finetune(encoder, head, pairs.images, objective, **{k: p[k] for k in LOOP}, state=folder / "state.pt", bf16=p["bf16"], views=pairs.views)
     info = dict(parameters=p, name=folder.name, history=history, encoder_digest=base, pairs=len(pairs.images), left_out=dict(n=len(pairs.lost), first=pairs.lost[:20]),
                 **provenance(encoder, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
