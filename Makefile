@@ -1,6 +1,7 @@
 # make study   set up, then the whole default study -> figures/emojishift     (STUDY=grid SEEDS=3, DATA=/path, CORES=8,
 #              SET='{encoder: vit_base_patch16_224.dino=/path/file.pth}' in every run, PROCESSES=4 of torchrun a run)
 # make test    set up, then every test: the notebooks, then tests/
+# make bench   chapter 10 at full size, peers installed: an hour -> figures/benchmarks
 # make docs    the documentation site -> _docs/
 # make readme  README.md from nbs/index.ipynb, numbers computed from data/results
 # make lab     JupyterLab on the chapters
@@ -15,7 +16,7 @@ PROCESSES ?= 1
 VENV   := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup study test docs readme lab clean
+.PHONY: setup study test bench docs readme lab clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: settings.ini setup.py constraints.txt
@@ -31,6 +32,10 @@ study: setup
 test: setup
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
 	pytest -q
+
+bench: setup
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev,bench]'
+	mkdir -p runs && wlsft-run nbs/10_benchmarks.ipynb runs/10_benchmarks.ipynb -p full true
 
 docs: setup
 	rm -rf _proc _docs && nbdev_proc_nbs && cp -r figures _proc/ && smalldocs render _proc --quiet && mv _proc/_docs _docs

@@ -16,6 +16,7 @@ SUITES = [p.get("suite", "") if "method" in p else p.pop("suite", "") for p in S
 NAMES = [name_of(p, DATA) for p in SPEC]
 STEPS = {n: p.pop("steps", 10) for n, p in zip(NAMES, SPEC)}                         # of alpha; a run may ask for fewer
 DEEP = {n: p.pop("deep", False) for n, p in zip(NAMES, SPEC)}                        # probes and distortion along alpha
+TOLERANCE = {n: p.pop("tolerance", 0.0) for n, p in zip(NAMES, SPEC)}                 # of features between alphas; 0: every alpha is computed
 SUITE = dict(zip(NAMES, SUITES))
 PARAMS = dict(zip(NAMES, SPEC))
 REPORT = "09_flyp" if any(chapter_of(p) == "07_flyp" for p in SPEC) else "09_comparison"
@@ -55,7 +56,7 @@ rule sweep:
     input: rules.train.output,
     output: f"{RUNS}/{{run}}/rows.parquet",
     log: f"{RUNS}/{{run}}/sweep.log",
-    params: lambda w: flags(dict(run=w.run, study=STUDY, steps=STEPS[w.run], cells=STEPS[w.run] == 10, deep=DEEP[w.run], data=DATA, runs=RUNS, suite=SUITE[w.run], scratch=f"{RUNS}/scratch" if SUITE[w.run] else "")),
+    params: lambda w: flags(dict(run=w.run, study=STUDY, steps=STEPS[w.run], cells=STEPS[w.run] == 10, deep=DEEP[w.run], tolerance=TOLERANCE[w.run], data=DATA, runs=RUNS, suite=SUITE[w.run], scratch=f"{RUNS}/scratch" if SUITE[w.run] else "")),
     threads: 1
     resources: mem_mb=4000, runtime=120
     shell: "OMP_NUM_THREADS={threads} wlsft-run nbs/05_interpolation.ipynb {RUNS}/{wildcards.run}/sweep.ipynb {params} -p out {output} > {log} 2>&1"

@@ -11,6 +11,6 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(), long_description_content_type="text/markdown",
     packages=find_packages(include=["wlsft", "wlsft.*"]), include_package_data=True, zip_safe=False,
     python_requires=">=" + cfg["min_python"], install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["wlsft=wlsft._modidx:d"]},
 )

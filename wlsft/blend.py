@@ -142,7 +142,7 @@ def features_along(
     "Features of every alpha from one walk over the images."
     nodes, error = list(alphas), 0.0
     if tolerance:
-        few = images[torch.linspace(0, len(images) - 1, min(64, len(images))).long()]
+        few = images[torch.linspace(0, len(images) - 1, min(32, len(images))).long()]
         for n in range(3, len(nodes)):
             error = node_error(encoder, theta_1, few, n, bf16)
             if error <= tolerance: nodes = chebyshev(n); break

@@ -153,19 +153,20 @@ def decoded(
 
 # %% ../nbs/00_files.ipynb #b4407dce
 def decode_first(
-    files: ImageFiles, n: int,                   # candidates in order; how many images are wanted
+    files: ImageFiles, n: int,                   # candidates in order; how many images are wanted, 0: all that can be read
     cache: str | Path, workers: int | None = None # folder of the array, which is made once
 ) -> tuple[torch.Tensor, np.ndarray, list[str]]: # uint8 (n, 3, size, size), mapped; rows of `files`; why others were left out
-    "The first `n` readable images. Raises `DataError` if there are fewer."
+    "The first `n` readable images. Raises `DataError` if there are fewer, or none."
     names = [files.name(i) for i in range(len(files))]
     path = Path(cache) / f"images-{digest([names, n, files.size, files.crop])}.npy"
     if not path.with_suffix(".json").is_file():
         with atomic_write(path) as p: kept, lost = _decode_into(p, files, n, workers)
         write_json(path.with_suffix(".json"), dict(kept=kept, unreadable=lost))
     report = json.loads(path.with_suffix(".json").read_text())
-    return torch.from_numpy(np.load(path, mmap_mode="c")), np.array(report["kept"], np.int64), report["unreadable"]
+    return torch.from_numpy(np.load(path, mmap_mode="c")[:len(report["kept"])]), np.array(report["kept"], np.int64), report["unreadable"]
 
 def _decode_into(path: Path, files: ImageFiles, n: int, workers: int | None) -> tuple[list[int], list[str]]:
+    least, n = n or 1, n or len(files)
     out, kept, lost = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, files.size, files.size)), [], []
     rows = torch.arange(len(files)).split(32) if len(files) else []
     for pick, (batch, why) in zip(rows, progress(_loader(files, rows, workers, False), "decoding", total=-(-n // 32), unit="batch")):
@@ -175,6 +176,6 @@ def _decode_into(path: Path, files: ImageFiles, n: int, workers: int | None) -> 
                 out[len(kept)] = image.numpy()
                 kept.append(i)
         if len(kept) == n: break
-    if len(kept) < n: raise DataError(f"only {len(kept)} of {len(files)} candidates can be read, {n} are wanted; the first that cannot: {lost[0] if lost else 'none'}")
+    if len(kept) < least: raise DataError(f"only {len(kept)} of {len(files)} candidates can be read, {least} are wanted; the first that cannot: {lost[0] if lost else 'none'}")
     out.flush()
     return kept, lost

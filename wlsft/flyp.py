@@ -29,7 +29,7 @@ from .runs import name_run, provenance, runs_folder, save_run, weights_digest
 from .study import ParameterError, check_choice, check_range, parse_value, progress, with_defaults
 from .features import embed, own, pick_device, processes
 from .files import decoded
-from .suites import SUITES, load_training
+from .suites import check_suite, load_training
 from .train import DEFAULTS as TEXT, finetune, in_pieces, optimiser, run_name, schedule, train_run, train_step
 
 # %% ../nbs/07_flyp.ipynb #663e7a10
@@ -59,7 +59,7 @@ FLYP = dict(method="FLYP", encoder="clip_emojishift", adapter="full", source="re
 
 def check_flyp(p: dict) -> None:
     "Refuse a wrong value of any parameter of this chapter before work starts."
-    check_choice("method", p["method"], METHODS); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("collisions", p["collisions"], COLLISIONS); check_choice("suite", p["suite"], ["emojishift", *SUITES])
+    check_choice("method", p["method"], METHODS); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("collisions", p["collisions"], COLLISIONS); check_suite(p["suite"])
     for name, low, high in (("epochs", 1, 10_000), ("batch_size", 2, 65_536), ("micro", 0, 65_536), ("strengths", 1, 1000), ("seed", 0, 2**31 - 1)): check_range(name, p[name], low, high, integer=True)
     for name, high in (("lr", 10), ("weight_decay", 10), ("l2", 1e6)): check_range(name, p[name], 0, high)
     if p["method"] == "LP" and p["adapter"] != "full": raise ParameterError(f"adapter = {p['adapter']!r} has nothing to do with method = 'LP'; leave it at 'full'")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REAL', 'PHOTOS', 'SUFFIXES', 'clean', 'take', 'within', 'imagenet_ids', 'class_files', 'is_validation',
-           'imagenet_pairs', 'tar_pairs', 'table_pairs', 'cc_pairs', 'coco_pairs', 'load_pairs', 'corpus_stamp']
+           'imagenet_pairs', 'tar_pairs', 'table_pairs', 'cc_pairs', 'coco_pairs', 'is_own', 'own_pairs', 'load_pairs',
+           'check_corpus', 'corpus_stamp']
 
 # %% ../nbs/00_pairs.ipynb #c1bca67d
 import json, re
@@ -147,22 +148,41 @@ def coco_pairs(root: Path, n: int, seed: int, size: int, cache: str | Path) -> P
     return take("coco10k", source, [texts[k] for k in keys], np.arange(len(keys)), np.random.default_rng(seed).permutation(len(keys)), n, size, cache)
 
 # %% ../nbs/00_pairs.ipynb #a16fc65a
+def is_own(name: str) -> bool:
+    "Is this NAME=PATH, data of one's own?"
+    return "=" in name.strip("=")
+
+def own_pairs(corpus: str, n: int, seed: int, size: int, cache: str | Path) -> PairCorpus:
+    "NAME=FILE, a table as for `table_pairs`; rows with the same image are its alternatives."
+    name, _, file = corpus.partition("=")
+    source, texts, lost = table_pairs(_there(Path(file), "a .csv or .tsv with a header such as filepath,caption, beside its images"))
+    place = {p: i for i, p in enumerate(dict.fromkeys(source.paths))}
+    said = [[] for _ in place]
+    for p, t in zip(source.paths, texts): said[place[p]].append(t)
+    return take(name, Paths(list(place)), said, np.arange(len(place)), np.random.default_rng(seed).permutation(len(place)), n, size, cache, lost)
+
 _READERS = dict(imagenet20k=("imagenet/train", imagenet_pairs), cc20k=("cc3m", cc_pairs), coco10k=("coco/annotations", coco_pairs))
 
 def load_pairs(
-    corpus: str, root: str | Path = "",                  # one of `CORPORA` or `REAL`; see `data_folder`
+    corpus: str, root: str | Path = "",                  # one of `CORPORA` or `REAL`, or NAME=FILE (see `own_pairs`); see `data_folder`
     side: int = 64, images: int = 0, seed: int = 0,      # the encoder's input; how many pairs, 0: as in `REAL`; of their order
     cache: str | Path = "", templates: Sequence[Callable] | None = None # where decoded images are kept; of prompts, None: open_clip's 80 for ImageNet
 ) -> PairCorpus:
     "A pair corpus by name; EmojiShift's are whole and have their own size. Raises `DataError` if its files are not there."
-    check_choice("corpus", corpus, (*CORPORA, *REAL))
+    check_corpus(corpus)
     if corpus in CORPORA: return emojishift_pairs(load_emojishift(root), corpus, list(templates or ()))
     check_range("images", images, 0, 10**9, integer=True)
+    if is_own(corpus): return own_pairs(corpus, images, seed, round(side / 0.875), cache)
     more = dict(templates=templates) if corpus == "imagenet20k" else {}
     return _READERS[corpus][1](data_folder(root), images or REAL[corpus], seed, round(side / 0.875), cache, **more)
 
+def check_corpus(corpus: str) -> None:
+    "Refuse a name that is neither a corpus nor NAME=FILE."
+    if not is_own(corpus): check_choice("corpus", corpus, (*CORPORA, *REAL, "or NAME=FILE.csv"))
+
 def corpus_stamp(corpus: str, root: str | Path = "") -> str:
-    "A hash of names and sizes at the top of a corpus's folder; empty for EmojiShift, which has canaries."
+    "A hash of names and sizes at the top of a corpus's folder, or of one's own table; empty for EmojiShift, which has canaries."
+    if is_own(corpus): return digest(_there(Path(corpus.partition("=")[2]), "a .csv or .tsv of images and captions").read_text(errors="replace"))
     if corpus not in _READERS: return ""
     folder = _there(data_folder(root) / _READERS[corpus][0], f"the files of {corpus} (chapter 00_pairs)")
     return digest([(p.name, p.stat().st_size if p.is_file() else 0) for p in sorted(folder.iterdir())])

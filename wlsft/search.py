@@ -9,6 +9,7 @@ __all__ = ['knn_search', 'knn_search_faiss', 'fast_search', 'nearest']
 import math
 import torch
 import torch.nn.functional as F
+from .features import linear
 from .study import check_range
 
 # %% ../nbs/03_search.ipynb #b4f29ceb
@@ -41,7 +42,7 @@ def knn_search(
     for at in range(0, len(bank), piece):                                  # a mapped bank is never in memory as a whole
         part = F.normalize(bank[at:at + piece], dim=1)
         for start in range(0, len(query), rows):
-            sim = query[start:start + rows] @ part.T
+            sim = linear(query[start:start + rows], part)
             if exclude is not None:
                 here = exclude[start:start + rows] - at
                 hit = ((here >= 0) & (here < len(part))).nonzero()[:, 0]
@@ -68,10 +69,14 @@ def knn_search_faiss(query: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[t
 # %% ../nbs/03_search.ipynb #07c0adf3
 def _half(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Lengths (n,), unit rows in bfloat16 (n, D), and the length of each row's rounding error (n,)."
-    length = x.norm(dim=1).clamp(min=1e-12)
-    unit = x / length[:, None]
-    half = unit.bfloat16()
-    return length, half, (unit - half.float()).norm(dim=1)
+    length, off, half = torch.empty(len(x), device=x.device), torch.empty(len(x), device=x.device), torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    for at in range(0, len(x), 256):                                       # what fits into a processor's cache
+        here = slice(at, at + 256)
+        length[here] = x[here].norm(dim=1).clamp_(min=1e-12)
+        unit = x[here] / length[here, None]
+        half[here] = unit
+        off[here] = unit.sub_(half[here]).norm(dim=1)
+    return length, half, off
 
 def _error(dim: int, q_off: torch.Tensor, b_off: torch.Tensor | float, score: torch.Tensor) -> torch.Tensor:
     "The bound on half precision's error near a score (n,), given the width and the rounding errors of query and bank."
@@ -88,8 +93,9 @@ def _reach(sim: torch.Tensor, floor: torch.Tensor, group: int = 16) -> tuple[tor
     "Rows (rising), columns and values of the scores (n, P) that reach their row's floor (n,)."
     group = group if sim.shape[1] % group == 0 else 1
     width = sim.shape[1] // group
-    row, first = (sim.unflatten(1, (group, width)).amax(1) >= floor[:, None]).nonzero(as_tuple=True)
-    values = sim.flatten()[(row * sim.shape[1] + first)[:, None] + torch.arange(0, sim.shape[1], width, device=sim.device)]
+    groups = sim.unflatten(1, (group, width))                              # members lie a width apart, which maxima are fast at
+    row, first = (groups.amax(1) >= floor[:, None]).nonzero(as_tuple=True)
+    values = groups.transpose(1, 2)[row, first]
     at, member = (values >= floor[row, None]).nonzero(as_tuple=True)
     return row[at], first[at] + member * width, values[at, member]
 
@@ -115,7 +121,11 @@ class _Candidates:
 # %% ../nbs/03_search.ipynb #28bbaa95
 def _rescore(query: torch.Tensor, bank: torch.Tensor, lengths: torch.Tensor, c: _Candidates, keep: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     "`knn_search` among the candidates `keep` (n, width); the queries are unit vectors, the bank's rows have `lengths`."
-    rows = torch.where(keep, c.rows, len(bank)).sort(1).values[:, :max(k, int(keep.sum(1).max()))].long()       # rising, as ties want them
+    n, at = keep.nonzero(as_tuple=True)
+    count = torch.bincount(n, minlength=len(query))
+    rows = torch.full((len(query), max(k, int(count.max()))), len(bank), device=query.device)
+    rows[n, torch.arange(len(n), device=n.device) - (count.cumsum(0) - count)[n]] = c.rows[n, at].long()
+    rows = rows.sort(1).values                                             # rising, as ties want them
     real = rows < len(bank)
     crow = F.pad(real.sum(1).cumsum(0), (1, 0))
     places = torch.sparse_csr_tensor(crow, rows[real], torch.zeros(int(crow[-1]), device=query.device), size=(len(query), len(bank)), check_invariants=False)

@@ -21,7 +21,7 @@ from .data import CORPORA, DataError, PairCorpus, random_views
 from .features import embed, own, pick_device, processes
 from .files import decoded
 from .losses import COLLISIONS, TextTable, answers, collided, contrastive_loss, embed_texts, everyone, prompt_templates, replay_consistency
-from .pairs import REAL, corpus_stamp, load_pairs
+from .pairs import check_corpus, corpus_stamp, load_pairs
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
 from .study import ParameterError, atomic_write, check_choice, check_range, progress, with_defaults
 
@@ -192,12 +192,12 @@ def run_name(
     p = {**DEFAULTS, **{k: v for k, v in params.items() if k in DEFAULTS}}
     what = p["adapter"] + ("-" + p["source"] if p["adapter"] == "token-replay" else "")
     stamp = {k: v for k, v in [("files", corpus_stamp(p["corpus"], root))] if v}
-    return name_run(f"{what}-{p['corpus'].removeprefix('emojishift-')}", p | stamp, CODE, root)
+    return name_run(f"{what}-{p['corpus'].partition('=')[0].removeprefix('emojishift-')}", p | stamp, CODE, root)
 
 # %% ../nbs/03_train.ipynb #5722c5db
 def check_train(p: dict) -> None:
     "Refuse a wrong value of any training parameter before work starts."
-    check_choice("corpus", p["corpus"], (*CORPORA, *REAL)); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("source", p["source"], SOURCES)
+    check_corpus(p["corpus"]); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("source", p["source"], SOURCES)
     check_choice("collisions", p["collisions"], COLLISIONS)
     for name, low, high in (("epochs", 1, 10_000), ("batch_size", 2, 65_536), ("memory", 1, 65_536), ("rank", 4, 4096), ("images", 0, 10**9), ("seed", 0, 2**31 - 1)): check_range(name, p[name], low, high, integer=True)
     for name, high in (("lr", 10), ("head_lr", 10), ("weight_decay", 10), ("consistency", 1e6)): check_range(name, p[name], 0, high)
