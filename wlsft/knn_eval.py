@@ -6,7 +6,7 @@
 __all__ = ['KS', 'knn_votes', 'knn_predict', 'knn_rows', 'needed', 'ConceptBootstrap', 'interval']
 
 # %% ../nbs/04_knn_eval.ipynb #9fa6431b
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,14 @@ from .study import check_choice, check_range
 KS = (1, 5, 10, 20, 50, 100, 200)
 
 # %% ../nbs/04_knn_eval.ipynb #937641d7
+def _tallies(cosines: torch.Tensor, labels: torch.Tensor, classes: int, ks: Sequence[int], temperature: float) -> Iterator[tuple[int, torch.Tensor]]:
+    "k and the summed votes (N, C) of the first k neighbours, k rising; the same tensor goes on being added to."
+    weights = ((cosines - cosines[:, :1]) / temperature).exp()
+    total, done = torch.zeros(len(cosines), classes), 0
+    for k in sorted(set(ks)):
+        yield k, total.scatter_add_(1, labels[:, done:k], weights[:, done:k])
+        done = k
+
 @torch.inference_mode()
 def knn_votes(
     cosines: torch.Tensor, labels: torch.Tensor, # (N, K), falling; (N, K) labels of those neighbours
@@ -28,12 +36,7 @@ def knn_votes(
 ) -> dict[int, torch.Tensor]:                    # k -> float32 (N, C), rows sum to 1
     "Shares of the weighted vote exp(cosine / T) among the first k neighbours, for every k at once (Caron et al. 2021)."
     for k in ks: check_range("k", k, 1, cosines.shape[1], integer=True)
-    weights = ((cosines - cosines[:, :1]) / temperature).exp()
-    total, out, done = torch.zeros(len(cosines), classes), {}, 0
-    for k in sorted(set(ks)):
-        total.scatter_add_(1, labels[:, done:k], weights[:, done:k])
-        out[k], done = total / total.sum(1, keepdim=True), k
-    return out
+    return {k: total / total.sum(1, keepdim=True) for k, total in _tallies(cosines, labels, classes, ks, temperature)}
 
 # %% ../nbs/04_knn_eval.ipynb #b88f8d36
 def knn_predict(
@@ -45,8 +48,9 @@ def knn_predict(
 ) -> dict[int, torch.Tensor]:                # k -> int64 (N,), the class with the largest vote
     "The k-NN classifier's answers for every k, from one search."
     cosines, found = nearest(query, bank, max(ks), exclude)
-    parts = [knn_votes(c, labels[f], classes, ks, temperature) for c, f in zip(cosines.split(4096), found.split(4096))]
-    return {k: torch.cat([p[k].argmax(1) for p in parts]) for k in parts[0]}
+    chunks = zip(cosines.split(1024), found.split(1024))                   # a table of 1,024 queries by classes stays in the cache
+    parts = [{k: total.argmax(1) for k, total in _tallies(c, labels[f], classes, ks, temperature)} for c, f in chunks]
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 # %% ../nbs/04_knn_eval.ipynb #fc643c3b
 def knn_rows(
