@@ -119,12 +119,12 @@ class _Candidates:
         return self.filled > self.scores.shape[1]
 
 # %% ../nbs/03_search.ipynb #28bbaa95
-def _rescore(query: torch.Tensor, bank: torch.Tensor, lengths: torch.Tensor, c: _Candidates, keep: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "`knn_search` among the candidates `keep` (n, width); the queries are unit vectors, the bank's rows have `lengths`."
+def _rescore(query: torch.Tensor, bank: torch.Tensor, lengths: torch.Tensor, candidates: torch.Tensor, keep: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "`knn_search` among those of the `candidates` (n, width), rows of the bank, that are to `keep`; the queries are unit vectors, the bank's rows have `lengths`."
     n, at = keep.nonzero(as_tuple=True)
     count = torch.bincount(n, minlength=len(query))
     rows = torch.full((len(query), max(k, int(count.max()))), len(bank), device=query.device)
-    rows[n, torch.arange(len(n), device=n.device) - (count.cumsum(0) - count)[n]] = c.rows[n, at].long()
+    rows[n, torch.arange(len(n), device=n.device) - (count.cumsum(0) - count)[n]] = candidates[n, at].long()
     rows = rows.sort(1).values                                             # rising, as ties want them
     real = rows < len(bank)
     crow = F.pad(real.sum(1).cumsum(0), (1, 0))
@@ -154,7 +154,9 @@ def _search_block(query: torch.Tensor, bank: torch.Tensor, sample: torch.Tensor,
     tau = c.scores.topk(k, 1).values[:, -1].float()
     sure = (tau >= guess) & ~c.full() & (b_off <= likely)
     keep = sure[:, None] & (c.scores >= (tau - 2 * error(b_off, tau))[:, None])
-    values, rows = _rescore(F.normalize(query, dim=1), bank, lengths, c, keep, k)
+    parts = zip(F.normalize(query, dim=1).split(512), c.rows.split(512), keep.split(512))         # tables as wide as the longest list
+    found = [_rescore(q, bank, lengths, rows, chosen, k) for q, rows, chosen in parts]
+    values, rows = torch.cat([v for v, _ in found]), torch.cat([r for _, r in found])
     return values, torch.where(sure[:, None], rows, -1)
 
 # %% ../nbs/03_search.ipynb #e03d8855
