@@ -76,7 +76,7 @@ class Blend(nn.Module):
     ):
         super().__init__()
         theta_0 = encoder.state_dict()
-        interpolate(theta_0, theta_1, 0.5)                                 # the same keys and shapes, or an error
+        interpolate(theta_0, theta_1, 1)                                   # the same keys and shapes, or an error
         seen = lambda k: not hasattr(encoder, "words") or k.startswith("clip.visual")     # an image-text model's words see no image
         self.encoder, self.alphas, self.lead = encoder, list(alphas), (len(alphas),)
         self.pretrained_cfg, self.num_features = encoder.pretrained_cfg, encoder.num_features

@@ -142,10 +142,10 @@ def _search_block(query: torch.Tensor, bank: torch.Tensor, sample: torch.Tensor,
     error = lambda b_off, score: _error(q.shape[1], q_off, b_off, score)
     floor = (guess - 2 * error(likely, guess)).bfloat16()
     width = int(4 * (k + 3 * math.sqrt(k * len(bank) / len(sample)) + 4 * len(bank) / len(sample)))
-    c, lengths, b_off = _Candidates(len(q), width, q.device), torch.empty(len(bank), device=q.device), 0.0
+    c, lengths, b_off = _Candidates(len(q), width, q.device), torch.empty(len(bank), device=q.device), torch.zeros((), device=q.device)
     for at in range(0, len(bank), piece):
         lengths[at:at + piece], b, off = _half(bank[at:at + piece])
-        b_off = max(b_off, off.max().item())
+        b_off = torch.maximum(b_off, off.max())                            # nan stays nan: then nothing is proven
         for start in range(0, len(q), 1024):
             n, rows, scores = _reach(q[start:start + 1024] @ b.T, floor[start:start + 1024])
             if exclude is not None: n, rows, scores = (x[rows + at != exclude[n + start]] for x in (n, rows, scores))
