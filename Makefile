@@ -1,7 +1,7 @@
 # make study   set up, then the whole default study -> figures/emojishift     (STUDY=grid SEEDS=3, DATA=/path, CORES=8,
 #              SET='{encoder: vit_base_patch16_224.dino=/path/file.pth}' in every run, PROCESSES=4 of torchrun a run)
 # make test    set up, then every test: the notebooks, then tests/
-# make bench   chapter 10 at full size, peers installed: an hour -> figures/benchmarks
+# make bench   chapter 10 at full size, peers installed: tens of minutes -> figures/benchmarks
 # make docs    the documentation site -> _docs/
 # make readme  README.md from nbs/index.ipynb, numbers computed from data/results
 # make lab     JupyterLab on the chapters
