@@ -17,7 +17,7 @@ import torch
 from scipy.interpolate import BarycentricInterpolator
 from torch import nn
 from torch.func import functional_call
-from .features import embed, extract
+from .features import embed, extract, processes
 from .files import ImageFiles
 from .study import ParameterError, check_range
 
@@ -149,7 +149,7 @@ def features_along(
         else: error = 0.0
     blend = Blend(encoder, theta_1, nodes)
     large = 4e-9 * len(nodes) * len(images) * encoder.num_features > memory_gb
-    if path or large:
+    if path or large and processes()[1] == 1:                              # a temporary folder is no common ground for processes
         with tempfile.TemporaryDirectory() as d: values = extract(blend, images, path or Path(d) / "features.npy", bf16=bf16)    # a mapped file outlives its name
     else: values = embed(blend, images, bf16=bf16)
     return Along(values, None if nodes == list(alphas) else node_weights(nodes, alphas), error)
