@@ -38,7 +38,9 @@ bench: setup
 	mkdir -p runs && wlsft-run nbs/10_benchmarks.ipynb runs/10_benchmarks.ipynb -p full true
 
 docs: setup
-	rm -rf _proc _docs && nbdev_proc_nbs && cp -r figures _proc/ && smalldocs render _proc --quiet && mv _proc/_docs _docs
+	rm -rf _proc _docs && nbdev_proc_nbs && cp -r figures _proc/
+	if command -v quarto >/dev/null; then quarto render _proc --no-execute; else smalldocs render _proc --quiet; fi
+	mv _proc/_docs _docs && python -c "from wlsft.site import finish_site; finish_site('_docs', '_proc', 'https://wlsft.github.io/wlsft')"
 	@echo "open _docs/index.html"
 
 readme: setup

@@ -19,7 +19,7 @@ DEEP = {n: p.pop("deep", False) for n, p in zip(NAMES, SPEC)}                   
 TOLERANCE = {n: p.pop("tolerance", 0.0) for n, p in zip(NAMES, SPEC)}                 # of features between alphas; 0: every alpha is computed
 SUITE = dict(zip(NAMES, SUITES))
 PARAMS = dict(zip(NAMES, SPEC))
-REPORT = "09_flyp" if any(chapter_of(p) == "07_flyp" for p in SPEC) else "09_comparison"
+REPORT = "09_rivals" if any(chapter_of(p) == "07_flyp" for p in SPEC) else "09_comparison"
 
 
 def together(p: dict) -> str:

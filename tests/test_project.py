@@ -33,7 +33,7 @@ def test_chapter_is_a_chapter(path):
     for word in ("**Question.**", "**Method.**", "**What you will see.**"):
         assert word in cells[1].source  # a cell of its own: nbdev's site drops what follows the summary in the title's cell
     exported = [c.source.count("\n") + 1 for c in cells if c.source.startswith("#| export")]
-    assert max(exported, default=0) <= 60 and (exported or path.stem in ("09_flyp", "10_benchmarks", "11_your_own"))  # which only report or use
+    assert max(exported, default=0) <= 60 and (exported or path.stem in ("09_rivals", "10_benchmarks", "11_your_own"))  # which only report or use
     words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown")
     lines = sum(c.source.count("\n") + 1 for c in cells if c.cell_type == "code")
     assert words > 1.5 * lines
