@@ -40,12 +40,13 @@ bench: setup
 docs: setup
 	rm -rf _proc _docs && nbdev_proc_nbs && cp -r figures _proc/
 	if command -v quarto >/dev/null; then quarto render _proc --no-execute; else smalldocs render _proc --quiet; fi
-	mv _proc/_docs _docs && python -c "from wlsft.site import finish_site; finish_site('_docs', '_proc', 'https://wlsft.github.io/wlsft')"
+	mv _proc/_docs _docs && mkdir -p _docs/figures && cp -r figures/explorer _docs/figures/ && python -c "from wlsft.site import finish_site; finish_site('_docs', '_proc', 'https://wlsft.github.io/wlsft')"
 	@echo "open _docs/index.html"
 
 readme: setup
 	mkdir -p runs && wlsft-run nbs/index.ipynb runs/README.ipynb
 	jupyter nbconvert --to markdown --no-input --output-dir . runs/README.ipynb
+	python -c "import re; s = open('README.md').read(); open('README.md', 'w').write(re.sub(r'\]\((\d\d_\w+\.ipynb)\)', r'](nbs/\1)', s))"
 
 lab: setup
 	jupyter lab nbs/

@@ -99,3 +99,15 @@ def test_api_reference_has_signatures_and_tables(page, site):
     entry = page.evaluate("(() => { let e = document.getElementById('knn_predict'), out = []; while (e = e.nextElementSibling) out.push(e.innerText); return out.join('\\n'); })()")
     assert "knn_predict(" in entry and "Sequence[int]" in entry and "returns" in entry
     assert page.locator("nav#quarto-sidebar a, #quarto-sidebar a").count() > 25
+
+
+def test_alpha_can_be_dragged(page, site):
+    page.goto(site + "figures/explorer/alpha.html", wait_until="load")
+    before, said = page.inner_html("#near"), page.inner_text("#said")
+    page.locator("#alpha").focus()
+    page.keyboard.press("End")
+    assert page.inner_text("#value") == "1.00" and page.inner_text("#said") != said and page.inner_html("#near") != before
+    page.locator("#strip button").nth(3).click()
+    assert page.locator("#strip button").nth(3).get_attribute("aria-pressed") == "true"
+    page.locator("#run").select_option(index=1)
+    assert "change from" in page.inner_text("#said") and page.trouble == []

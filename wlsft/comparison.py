@@ -10,7 +10,7 @@ __all__ = ['MEASURES', 'by_measure', 'against_base', 'seed_means', 'figure_scatt
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from .figures import HUES, KEY, ood_sets, bootstrap_table, chosen_alpha, label_of, logit, with_interval
+from .figures import HUES, KEY, SHAPES, ood_sets, bootstrap_table, chosen_alpha, label_of, logit, with_interval
 
 # %% ../nbs/09_comparison.ipynb #bcbf5e1e
 MEASURES = {"id": "k-NN", "probe": "refitted probe", "head": "own head"}
@@ -42,8 +42,10 @@ def _ticks(axis, values: pd.Series) -> None:
 
 # %% ../nbs/09_comparison.ipynb #5a066bdc
 def figure_scatter(t: pd.DataFrame, seeds: pd.DataFrame) -> tuple[plt.Figure, pd.DataFrame]:
-    "OOD against ID along alpha, from `by_measure` and `seed_means`; one row a measure, one column an encoder."
-    d = with_interval(t[t["set"].isin(["ID", "OOD"])]).pivot(index=["measure", *KEY], columns="set", values=["value", "low", "high"])
+    "OOD against ID along alpha, from `by_measure` and `seed_means`; one row a measure, one column an encoder. Crosses are intervals of the paired change from the base."
+    d, moved = (with_interval(x[x["set"].isin(["ID", "OOD"])]).set_index(["measure", *KEY, "set"]) for x in (t, against_base(t)))
+    for end in ("low", "high"): d[end] = d.value + (moved[end] - moved.value).reindex(d.index).fillna(0)     # of the change: the level's own says which concepts were drawn
+    d = d.reset_index().pivot(index=["measure", *KEY], columns="set", values=["value", "low", "high"])
     d.columns = [f"{s}_{v}" for v, s in d.columns]
     d = d.reset_index()
     lp = d[(d.alpha == 0) & ~d.adapter.str.startswith("FT")].groupby(["measure", "encoder"]).ID_value.first()
@@ -65,7 +67,7 @@ def _panel(ax, d: pd.DataFrame, seeds: pd.DataFrame, best: pd.Series, title: str
         colour = HUES.get(adapter, "0.4")
         for _, s in seeds[(seeds.adapter == adapter) & (seeds.corpus == corpus)].sort_values("alpha").groupby("run"): ax.plot(logit(s.ID), logit(s.OOD), color=colour, lw=0.6, alpha=0.3)
         ax.plot(logit(g.ID_value), logit(g.OOD_value), color=colour, lw=1.5, marker=".", ms=4, label=label_of(adapter, corpus))
-        ax.plot(logit(g.ID_value.iloc[-1:]), logit(g.OOD_value.iloc[-1:]), "D", color=colour, ms=5)
+        ax.plot(logit(g.ID_value.iloc[-1:]), logit(g.OOD_value.iloc[-1:]), SHAPES.get(adapter, "D"), color=colour, ms=5)
         for r in g[g.alpha == best.get((g.encoder.iloc[0], corpus, adapter))].itertuples():
             ax.plot(logit([r.ID_low, r.ID_high]), logit([r.OOD_value] * 2), color=colour, lw=0.8); ax.plot(logit([r.ID_value] * 2), logit([r.OOD_low, r.OOD_high]), color=colour, lw=0.8)
     zero = d[d.alpha == 0].iloc[0]
@@ -116,7 +118,7 @@ def figure_moves(d: pd.DataFrame, metrics: dict[str, str]) -> tuple[plt.Figure, 
     for row, (metric, label) in zip(axes, metrics.items()):
         for ax, enc in zip(row, encoders):
             for (a, c, s), g in d[(d.metric == metric) & (d.encoder == enc)].groupby(["adapter", "corpus", "set"], sort=False):
-                ax.plot(g.block, g.value, color=HUES.get(a, "0.4"), ls="-" if s == "ID" else "--", lw=1.2, label=label_of(a, c) if s == "ID" else None)
+                ax.plot(g.block, g.value, color=HUES.get(a, "0.4"), ls="-" if s == "ID" else "--", marker=SHAPES.get(a, "D"), ms=3.5, lw=1.2, label=label_of(a, c) if s == "ID" else None)
             ax.set_title(enc, fontsize=9); ax.set_ylabel(label if enc == encoders[0] else ""); ax.tick_params(axis="x", rotation=70, labelsize=7)
     handles = {l: h for ax in axes.flat for h, l in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)

@@ -26,8 +26,8 @@ def _lite0() -> nn.Module:
     theirs = torch.load(path, weights_only=True, map_location="cpu")
     model = timm.create_model("tf_efficientnet_lite0")
     ours = model.state_dict()
-    bad = [k for (k, v), w in zip(ours.items(), theirs.values()) if v.shape != w.shape]
-    if bad or len(ours) != len(theirs): raise DataError(f"{path}: {len(theirs)} tensors for {len(ours)}; shapes differ at {bad[:3]}")
+    bad = [k for (k, v), (l, w) in zip(ours.items(), theirs.items()) if v.shape != w.shape or k.rpartition(".")[2] != l.rpartition(".")[2]]
+    if bad or len(ours) != len(theirs): raise DataError(f"{path}: {len(theirs)} tensors for {len(ours)}; they differ at {bad[:3]}")
     model.load_state_dict(dict(zip(ours, theirs.values())))
     model.reset_classifier(0)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}

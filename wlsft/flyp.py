@@ -210,8 +210,8 @@ def few_shot_rows(
 ) -> pd.DataFrame:                                          # method, shots, draw, set (OOD is the mean over the OOD sets), value
     "Accuracy of every method of `FEW` on every draw."
     rows = []
-    for k, draw, (name, own) in progress([(k, d, m) for k in shots for d in range(draws) for m in FEW.items()], "few-shot"):
-        scores = few_shot(model, suite, classes, k, draw, **{**kwargs, **own})[0]
+    for k, draw, (name, options) in progress([(k, d, m) for k in shots for d in range(draws) for m in FEW.items()], "few-shot"):
+        scores = few_shot(model, suite, classes, k, draw, **{**kwargs, **options})[0]
         rows += [dict(method=name, shots=k, draw=draw, set=s, value=v) for s, v in (*scores.items(), ("OOD", float(np.mean([v for s, v in scores.items() if suite.shift[s] == "OOD"]))))]
     return pd.DataFrame(rows)
 

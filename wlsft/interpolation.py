@@ -18,7 +18,7 @@ from .knn_eval import knn_rows, needed
 from .probe import head_rows, probe_rows
 from .image_text import zero_shot_head
 from .losses import prompt_templates
-from .study import atomic_write, check_range, digest, progress
+from .study import atomic_write, digest, progress
 from .runs import Run
 from .features import pick_device, processes
 
@@ -34,7 +34,7 @@ def method_names(p: dict) -> dict[str, str]:
 
 # %% ../nbs/05_interpolation.ipynb #84c9b042
 def alpha_sweep(
-    run: Run, suite: Suite,       # from `load_run`; from `emojishift_suite`
+    run: Run, suite: Suite,       # from `load_run`; from `load_suite`
     alphas: Sequence[float],      # each in [0, 1]
     study: str,                   # a label
     cells: bool = False,          # at alpha 0 and 1, also the seen concepts and the banks `ood` and `mixed`
@@ -42,7 +42,7 @@ def alpha_sweep(
     device: str = "", bf16: bool = False, # see `pick_device` and `embed`
     scratch: str | Path = "",     # a folder: features go there, mapped, and an interrupted sweep continues; empty: nothing is kept
     tolerance: float = 0.0        # see `features_along`
-) -> pd.DataFrame:                # the rows of design: study, method, ..., value, n, correct, concept
+) -> pd.DataFrame:                # the columns of `wlsft.figures.COLUMNS`
     "Rows of theta(alpha) for every alpha: k-NN, and a classifier's head, for FLYP that of its words; the run's encoder is left at `theta_0`."
     p, parts = run.info["parameters"], []
     held = [s for s in suite.sets if suite.shift[s] != "SEEN"]

@@ -20,7 +20,7 @@ from .files import ImageFiles, Paths, Source, TarMembers, decode_first, tar_memb
 from .study import check_choice, check_range, digest
 
 REAL = dict(imagenet20k=20_000, cc20k=20_000, coco10k=10_000)   # and how many pairs each has by default
-PHOTOS = dict(angle=0.0, scale=(0.35, 1.0))                     # random views of photographs: not turned, no white corners
+PHOTOS = dict(angle=0.0, scale=(0.35, 1.0))                     # random views of photographs: not turned, and crops stay inside
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 
 # %% ../nbs/00_pairs.ipynb #0d155ec2
@@ -99,7 +99,7 @@ def tar_pairs(tars: Sequence[Path], want: int) -> tuple[TarMembers, list[str], l
             continue
         read, keys = TarMembers(members), {}
         for i, (_, name, _, _) in enumerate(members): keys.setdefault(str(Path(name).with_suffix("")), {})[Path(name).suffix.lower()] = i
-        for key, parts in keys.items():
+        for parts in keys.values():
             image = next((parts[s] for s in SUFFIXES if s in parts), None)
             if image is None: continue
             text = read.read(parts[".txt"]).decode(errors="replace") if ".txt" in parts else _caption(read.read(parts[".json"])) if ".json" in parts else ""

@@ -164,7 +164,7 @@ def probe_rows(
     features: torch.Tensor, suite: Suite, sets: Sequence[str], # as for `head_rows`; the rows of the `id` bank are fitted
     strengths: Sequence[float] = tuple(np.logspace(-6, 5, 12)), seed: int = 0 # 1 / lambda; of the held-out tenth
 ) -> pd.DataFrame:                                             # as `head_rows`, with protocol `probe`
-    "Accuracy of a ridge probe fitted to these very features: what a linear head could do with them, whatever head came with them."
+    "Accuracy of a ridge probe fitted to these very features: what a ridge head, fitted anew, does with them, whatever head came with them."
     rows = suite.banks["id"]["id-test"]
     probe = fit_probe(features[rows].numpy(), suite.labels[rows].numpy(), len(suite.classes), "ridge", strengths, suite.concepts[rows], seed)
     return head_rows(features, suite, sets, dict(weight=probe.weight, bias=probe.bias)).assign(protocol="probe")

@@ -172,7 +172,10 @@ def fast_search(
     _, sample, off = _half(bank[::max(1, len(bank) // max(piece, len(bank) // 32))])
     likely = 1.1 * off.max().item()
     blocks = range(0, len(query), piece)
-    found = [_search_block(query[a:a + piece], bank, sample, likely, k, None if exclude is None else exclude[a:a + piece], piece) for a in blocks]
+    cuda = torch.backends.cuda.matmul
+    before, cuda.allow_bf16_reduced_precision_reduction = cuda.allow_bf16_reduced_precision_reduction, False     # the proof wants sums in single precision
+    try: found = [_search_block(query[a:a + piece], bank, sample, likely, k, None if exclude is None else exclude[a:a + piece], piece) for a in blocks]
+    finally: cuda.allow_bf16_reduced_precision_reduction = before
     values, rows = torch.cat([v for v, _ in found]), torch.cat([r for _, r in found])
     rest = (rows[:, 0] < 0).nonzero()[:, 0]
     if len(rest): values[rest], rows[rest] = knn_search(query[rest], bank, k, None if exclude is None else exclude[rest])
