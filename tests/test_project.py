@@ -1,7 +1,10 @@
 "What holds the project together: parameter cells, dependency lists, sizes, and a study's graph."
 import importlib
 import re
+import shutil
 import subprocess
+import sys
+import zipfile
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -92,3 +95,25 @@ def test_chapter_defaults_are_the_library_defaults(chapter, module, name, other)
     library, defaults = getattr(importlib.import_module(f"wlsft.{module}"), name), notebook_parameters(ROOT / f"nbs/{chapter}.ipynb")
     assert {k for k in library if k in defaults and defaults[k] != library[k]} == other
     assert "adapter" in library and "adapter" in defaults
+
+
+def test_exported_code_is_lint_free_and_its_types_agree():
+    for command in (["ruff", "check", "wlsft", "tests"], ["mypy", "wlsft"]):
+        done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]
+
+
+def test_wheel_imports_without_the_notebooks(tmp_path):
+    source = tmp_path / "source"
+    tracked = subprocess.run(["git", "ls-files", "wlsft", "setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for f in tracked.stdout.split():
+        (source / f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / f, source / f)
+    subprocess.run([sys.executable, "-m", "uv", "build", "--wheel", "--quiet", "--out-dir", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    modules = sorted(p.stem for p in (tmp_path / "site/wlsft").glob("*.py") if not p.stem.startswith("_"))
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n" + "".join(f"import wlsft.{m}\n" for m in modules) + "print(wlsft.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stderr[-2000:]
+    assert len(modules) > 25

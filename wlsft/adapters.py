@@ -10,12 +10,14 @@ __all__ = ['SOURCES', 'ADAPTERS', 'is_vit_block', 'replay_sites', 'block_names',
 # %% ../nbs/01_adapters.ipynb #d1d457c9
 import functools
 from collections.abc import Sequence
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .encoders import prepare
-from .files import decoded
+from .encoders import Encoder, prepare
+from .files import ImageFiles, decoded
 from .study import ParameterError, check_choice, check_range
 
 # %% ../nbs/01_adapters.ipynb #587d4771
@@ -24,11 +26,11 @@ def is_vit_block(block: nn.Module) -> bool:
     return isinstance(getattr(block, "norm1", getattr(block, "ln_1", None)), nn.LayerNorm)
 
 def replay_sites(
-    encoder: nn.Module # a timm model, or an image-text model
+    encoder: Encoder # a timm model, or an image-text model
 ) -> dict[str, nn.Module]: # module name -> module, in order of depth
     "The blocks (ViT) or first blocks of stages (BatchNorm CNN) whose incoming tokens can be recorded and replayed."
     trunk = getattr(encoder, "trunk_name", "")                       # where an image-text model keeps its vision tower
-    if trunk: return {f"{trunk}.{n}": m for n, m in replay_sites(encoder.get_submodule(trunk)).items()}
+    if trunk: return {f"{trunk}.{n}": m for n, m in replay_sites(cast(Encoder, encoder.get_submodule(trunk))).items()}
     blocks = getattr(encoder, "blocks", None)
     if isinstance(blocks, nn.Sequential) and hasattr(blocks[0], "attn") and is_vit_block(blocks[0]): return {f"blocks.{i}": b for i, b in enumerate(blocks)}
     native = getattr(getattr(encoder, "transformer", None), "resblocks", [])             # open_clip's own ViT
@@ -42,7 +44,7 @@ def replay_sites(
     return found
 
 def block_names(
-    encoder: nn.Module,   # a timm model
+    encoder: Encoder,   # a timm model
     blocks: Sequence[int] # indices of sites; empty: all
 ) -> list[str]:
     "Names of the chosen sites; a `ParameterError` if an index is out of range."
@@ -67,10 +69,10 @@ def _apply_film(module, args, out): return module.film(out)
 
 # %% ../nbs/01_adapters.ipynb #c8d1c525
 def film_slots(
-    encoder: nn.Module, blocks: Sequence[int] = () # a timm model; indices of sites, empty for all
-) -> dict[str, tuple[nn.Module, nn.Module]]:       # norm's name -> (norm, the module whose output is modulated)
+    encoder: Encoder, blocks: Sequence[int] = () # a timm model; indices of sites, empty for all
+) -> dict[str, tuple[Any, Any]]:                   # norm's name -> (norm, the module whose output is modulated)
     "Every LayerNorm of the chosen ViT blocks, or every BatchNorm of the chosen CNN stages."
-    names, found = block_names(encoder, blocks), {}
+    names, found = block_names(encoder, blocks), dict[str, tuple[Any, Any]]()
     for name in names:
         vit = is_vit_block(encoder.get_submodule(name))
         scope = name if vit else name.rpartition(".")[0]
@@ -81,9 +83,9 @@ def film_slots(
 
 # %% ../nbs/01_adapters.ipynb #35b39f54
 def add_film(
-    encoder: nn.Module,        # changed in place
+    encoder: Encoder,        # changed in place
     blocks: Sequence[int] = () # indices of sites; empty: all
-) -> nn.Module:                # `encoder`
+) -> Encoder:                # `encoder`
     "Put a `FiLM` behind every norm of the chosen blocks."
     for norm, slot in film_slots(encoder, blocks).values():
         if hasattr(slot, "film"): raise ParameterError("this encoder has FiLM already")
@@ -94,8 +96,8 @@ def add_film(
 # %% ../nbs/01_adapters.ipynb #093af2fd
 @torch.no_grad()
 def fold_film(
-    encoder: nn.Module # with FiLM; changed in place
-) -> nn.Module:        # `encoder`, with the keys it had before `add_film`
+    encoder: Encoder # with FiLM; changed in place
+) -> Encoder:        # `encoder`, with the keys it had before `add_film`
     "Multiply every FiLM into the affine of its norm and take it out again."
     for norm, slot in film_slots(encoder).values():
         if not hasattr(slot, "film"): continue
@@ -137,11 +139,11 @@ class TokenReplay(nn.Module):
     ):
         super().__init__()
         if rank % heads: raise ParameterError(f"rank = {rank} must be a multiple of heads = {heads}")
-        wide = memory.shape[-1] if memory is not None else memory_dim
+        wide = memory.shape[-1] if memory is not None else cast(int, memory_dim)
         self.q, self.k, self.v, self.o = nn.Linear(dim, rank), nn.Linear(wide, rank), nn.Linear(wide, rank), nn.Linear(rank, dim)
         nn.init.zeros_(self.o.weight); nn.init.zeros_(self.o.bias)
-        self.heads, self.source = heads, ()          # source: the earlier site, in a tuple so that it is not a child of this module
-        if learned: self.memory = nn.Parameter(memory.clone())
+        self.heads, self.source = heads, cast(tuple[nn.Module, ...], ())          # source: the earlier site, in a tuple so that it is not a child of this module
+        if learned: self.memory = nn.Parameter(cast(torch.Tensor, memory).clone())
         else: self.register_buffer("memory", memory)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "`x` `(N, T, D)` or `(N, D, H, W)` plus what its tokens read from the memory."
@@ -152,12 +154,13 @@ class TokenReplay(nn.Module):
 # %% ../nbs/01_adapters.ipynb #5d8d85c3
 @torch.inference_mode()
 def record_tokens(
-    encoder: nn.Module, images: torch.Tensor, # a timm model; uint8 (N, 3, H, W)
+    encoder: Encoder, images: torch.Tensor | ImageFiles, # a timm model; uint8 (N, 3, H, W)
     names: Sequence[str],                     # sites
     limit: int = 65_536, seed: int = 0        # tokens kept a site; which ones
 ) -> dict[str, torch.Tensor]:                 # name -> float32 (about limit, D)
     "Tokens that enter each site, a seeded sample that gives each image the same share."
-    g, kept = torch.Generator().manual_seed(seed), {n: [] for n in names}
+    g = torch.Generator().manual_seed(seed)
+    kept: dict[str, list[torch.Tensor]] = {n: [] for n in names}
     def keep(name, module, args):
         t = as_tokens(args[0])
         share = min(t.shape[1], max(1, limit // len(images)))
@@ -186,14 +189,14 @@ def make_memory(
     if source == "recorded":
         km = faiss.Kmeans(tokens.shape[1], m, niter=20, seed=seed + 1, min_points_per_centroid=1)
         km.train(tokens.numpy())
-        return torch.from_numpy(km.centroids.copy())
+        return torch.from_numpy(np.array(km.centroids))
     values, vectors = torch.linalg.eigh(tokens.double().T.cov())
     draws = torch.randn(m, tokens.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (tokens.double().mean(0) + draws * values.clamp(min=0).sqrt() @ vectors.T).float()
 
 # %% ../nbs/01_adapters.ipynb #275a6e11
 def site_widths(
-    encoder: nn.Module # a timm model
+    encoder: Encoder # a timm model
 ) -> dict[str, int]:   # site -> D
     "Width of the tokens that enter each site, from one blank image."
     image = torch.zeros(1, *encoder.pretrained_cfg["input_size"], dtype=torch.uint8)
@@ -204,20 +207,20 @@ def _apply_replay(module, args): return (module.replay(args[0]), *args[1:])
 def _keep_tokens(module, args): module.__dict__["kept"] = as_tokens(args[0])
 
 def add_token_replay(
-    encoder: nn.Module,                       # changed in place
+    encoder: Encoder,                       # changed in place
     memories: dict[str, torch.Tensor | None], # site -> (m, D), or None for the tokens of the site before
     rank: int = 64, heads: int = 4,           # see `TokenReplay`
     learned: bool = False,                    # is the memory trained?
     seed: int = 0                             # of the new weights
-) -> nn.Module:                               # `encoder`
+) -> Encoder:                               # `encoder`
     "Attach a `TokenReplay` at each named site. The first site has none before it, so `depth` cannot start there."
     sites, widths = replay_sites(encoder), site_widths(encoder)
     order = list(sites)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, memory in memories.items():
-            before = order[order.index(name) - 1] if order.index(name) else None
-            if memory is None and before is None: raise ParameterError(f"source = 'depth' needs an earlier site; {name} is the first")
+            before = order[order.index(name) - 1] if order.index(name) else ""
+            if memory is None and not before: raise ParameterError(f"source = 'depth' needs an earlier site; {name} is the first")
             replay = TokenReplay(widths[name], memory, rank, heads, learned, widths.get(before))
             if memory is None:
                 sites[before].register_forward_pre_hook(_keep_tokens)
@@ -230,12 +233,12 @@ def add_token_replay(
 ADAPTERS = ("full", "film", "token-replay")
 
 def adapt(
-    encoder: nn.Module, adapter: str,             # changed in place; one of `ADAPTERS`
-    images: torch.Tensor,                         # uint8 (N, 3, H, W), recorded from for token replay
+    encoder: Encoder, adapter: str,             # changed in place; one of `ADAPTERS`
+    images: torch.Tensor | ImageFiles,            # uint8 (N, 3, H, W), recorded from for token replay
     blocks: Sequence[int] = (),                   # sites; empty: all for FiLM, the last two thirds for token replay
     source: str = "recorded", memory: int = 64,   # what is replayed, and how many tokens
     rank: int = 64, heads: int = 4, seed: int = 0 # bottleneck; heads; of memory and new weights
-) -> nn.Module:                                   # `encoder`; `requires_grad` says what trains
+) -> Encoder:                                   # `encoder`; `requires_grad` says what trains
     "Attach `adapter` and freeze the rest. BatchNorm statistics are never among what trains."
     check_choice("adapter", adapter, ADAPTERS); check_choice("source", source, SOURCES)
     check_range("rank", rank, heads, 4096, integer=True)

@@ -17,6 +17,7 @@ import torch
 from scipy.interpolate import BarycentricInterpolator
 from torch import nn
 from torch.func import functional_call
+from .encoders import Encoder
 from .features import embed, extract, processes
 from .files import ImageFiles
 from .study import ParameterError, check_range
@@ -38,7 +39,7 @@ def interpolate(
 
 # %% ../nbs/05_blend.ipynb #f1da4ff2
 def leading_steps(
-    encoder: nn.Module, changed: Sequence[str] # a timm model; names of its tensors
+    encoder: Encoder, changed: Sequence[str] # a timm model; names of its tensors
 ) -> list[nn.Module]:                          # modules, in order
     "Children of the encoder (of a sequence: its members) before the first that holds a changed tensor, or a hook that must see every call; none if the encoder's own tensors change."
     if any("." not in k for k in changed): return []
@@ -52,7 +53,7 @@ def leading_steps(
 def remembered(steps: Sequence[nn.Module]) -> Iterator[None]:
     "Within, each of these modules gives its last output again if its input is the same."
     def wrap(forward: Callable) -> Callable:
-        kept = []
+        kept: list = []
         def again(x: torch.Tensor, *args, **kwargs):
             if args or any(v is not None for v in kwargs.values()): return forward(x, *args, **kwargs)
             if not (kept and kept[2] == (kept[0]._version, kept[1]._version) and torch.equal(kept[0], x)):
@@ -67,10 +68,10 @@ def remembered(steps: Sequence[nn.Module]) -> Iterator[None]:
         for m in steps: del m.forward
 
 # %% ../nbs/05_blend.ipynb #fabb247a
-class Blend(nn.Module):
+class Blend(Encoder):
     "An encoder at many alphas at once."
     def __init__(self,
-        encoder: nn.Module,                 # at theta_0
+        encoder: Encoder,                 # at theta_0
         theta_1: dict[str, torch.Tensor],   # fine-tuned; the same keys
         alphas: Sequence[float]             # A values in [0, 1]
     ):
@@ -110,7 +111,7 @@ def node_weights(nodes: Sequence[float], alphas: Sequence[float]) -> torch.Tenso
     return torch.from_numpy(BarycentricInterpolator(nodes, np.eye(len(nodes)))(np.asarray(alphas, float))).float()
 
 def node_error(
-    encoder: nn.Module, theta_1: dict[str, torch.Tensor], # see `Blend`
+    encoder: Encoder, theta_1: dict[str, torch.Tensor], # see `Blend`
     images: torch.Tensor | ImageFiles, n: int,            # a few; nodes
     bf16: bool = False                                    # see `embed`
 ) -> float:                                               # relative to the features' length
@@ -133,7 +134,7 @@ class Along:
         return out
 
 def features_along(
-    encoder: nn.Module, theta_1: dict[str, torch.Tensor], # at theta_0; see `Blend`
+    encoder: Encoder, theta_1: dict[str, torch.Tensor], # at theta_0; see `Blend`
     alphas: Sequence[float], images: torch.Tensor | ImageFiles, # A values in [0, 1]; N images
     tolerance: float = 0.0,                               # 0: every alpha; else see `node_error`
     path: str | Path | None = None,                       # keep them there, .npy, and resume; None: nowhere

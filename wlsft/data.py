@@ -9,8 +9,10 @@ __all__ = ['ID_STYLES', 'OOD_STYLES', 'CORPORA', 'DataError', 'data_folder', 'sh
 
 # %% ../nbs/00_data.ipynb #170cd828
 import functools, hashlib, io, json, math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -96,7 +98,7 @@ def load_emojishift(
 class Suite:
     "Named evaluation sets over one tensor of images. All indices point into `images`."
     name: str
-    images: torch.Tensor                    # uint8 (N, 3, H, W), or `ImageFiles` (chapter 00_files)
+    images: Any                             # uint8 tensor (N, 3, H, W), or `ImageFiles` (chapter 00_files)
     labels: torch.Tensor                    # int64 (N,)
     concepts: np.ndarray                    # str (N,): images of one concept are not independent
     classes: list[str]
@@ -124,7 +126,7 @@ def emojishift_suite(
 class PairCorpus:
     "Images with weak text. `texts[group[i]]` are the alternative texts of image i."
     name: str
-    images: torch.Tensor      # uint8 (N, 3, H, W)
+    images: Any               # uint8 tensor (N, 3, H, W), perhaps mapped
     group: torch.Tensor       # int64 (N,)
     texts: list[list[str]]    # one list of alternatives a group
     views: dict = field(default_factory=dict) # options of `random_views` that suit these images
@@ -134,7 +136,7 @@ class PairCorpus:
 def emojishift_pairs(
     emoji: EmojiShift,          # loaded images
     corpus: str,                # one of `CORPORA`
-    templates: list = ()        # functions class name -> text, for the prompts
+    templates: Sequence = ()    # functions class name -> text, for the prompts
 ) -> PairCorpus:
     "Train concepts in ID styles, with the words of one of the three corpora, or with the keywords of another concept (`emojishift-shuffled`)."
     check_choice("corpus", corpus, CORPORA)
@@ -196,5 +198,5 @@ def random_views(
 ) -> torch.Tensor:                              # float32 (N, 3, size, size) in [0, 1], where the images are
     "One random view of each image; outside the image is white."
     matrix = random_affine(total or len(images), g, scale=scale, angle=angle)[part].to(images.device)
-    grid = F.affine_grid(matrix, (len(images), 3, size, size), align_corners=False)
+    grid = F.affine_grid(matrix, [len(images), 3, size, size], align_corners=False)
     return random_colour(1 - F.grid_sample(1 - images.float() / 255, grid, align_corners=False), g, strength=strength, gray=gray, total=total, part=part)

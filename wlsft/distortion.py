@@ -9,10 +9,9 @@ __all__ = ['linear_cka', 'block_features', 'overlap', 'distortion', 'held_out_fe
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import nn
 from .adapters import as_tokens, replay_sites
 from .data import Suite
-from .encoders import prepare
+from .encoders import Encoder, prepare
 from .files import decoded
 from .search import knn_search
 
@@ -27,12 +26,13 @@ def linear_cka(
 # %% ../nbs/04_distortion.ipynb #d3374234
 @torch.no_grad()
 def block_features(
-    encoder: nn.Module, images: torch.Tensor, # a timm model; uint8 (N, 3, H, W)
+    encoder: Encoder, images: torch.Tensor, # a timm model; uint8 (N, 3, H, W)
     batch_size: int = 64
 ) -> dict[str, torch.Tensor]:                 # site -> float32 (N, D), in order of depth; the last is `feature`
     "Mean over tokens of what enters each site, and the encoder's feature; the encoder stays as it was."
     sites = replay_sites(encoder)
-    out, mode = {s: [] for s in (*sites, "feature")}, encoder.training
+    out: dict[str, list[torch.Tensor]] = {s: [] for s in (*sites, "feature")}
+    mode = encoder.training
     hooks = [m.register_forward_pre_hook(lambda m, a, s=s: out[s].append(as_tokens(a[0]).mean(1).float().cpu())) for s, m in sites.items()]
     try:
         encoder.eval()
@@ -65,7 +65,7 @@ def distortion(
 
 # %% ../nbs/04_distortion.ipynb #c92cec10
 def held_out_features(
-    encoder: nn.Module, suite: Suite,
+    encoder: Encoder, suite: Suite,
     every: int = 4                        # of the held-out test images
 ) -> dict[str, dict[str, torch.Tensor]]:  # `ID` and `OOD` -> `block_features`
     "Features per block of held-out test concepts, ID and OOD apart."

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 from .adapters import as_tokens
-from .encoders import prepare
+from .encoders import Encoder, prepare
 from .files import decoded
 from .profile import Walk
 
@@ -73,7 +73,7 @@ def figure_neighbours(
 # %% ../nbs/09_explorer.ipynb #1c3c930f
 @torch.inference_mode()
 def nearest_places(
-    encoder: nn.Module, images: torch.Tensor,  # at `theta_0`; uint8 (N, 3, H, W)
+    encoder: Encoder, images: torch.Tensor,  # at `theta_0`; uint8 (N, 3, H, W)
     site: str, memory: torch.Tensor,           # name of a module; (m, D) tokens of its input
     n: int = 6                                 # places shown for each token, at most N
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]: # images (m, n); place in the grid (m, n), -1: no place (a CLS token); the grid's rows and columns
@@ -111,7 +111,7 @@ def explorer_data(
 ) -> dict:
     "Everything the page shows, as JSON would have it; images are tiles of one WebP."
     any_walk = next(iter(walks.values()))
-    s, order = any_walk.suite, {}
+    s, order = any_walk.suite, dict[int, int]()
     at = lambda row: order.setdefault(int(row), len(order))
     queries = [dict(set=name, label=s.classes[int(s.view.get(name, torch.arange(len(s.classes)))[s.labels[s.sets[name][p]]])], tile=at(s.sets[name][p])) for name, p in picks]
     def one(w: Walk, name: str, p: int) -> list:

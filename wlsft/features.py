@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import distributed, nn
+from torch import distributed
 from torch.overrides import TorchFunctionMode
 from .data import DataError
-from .encoders import prepare
+from .encoders import Encoder, prepare
 from .files import ImageFiles, decoded
 from .runs import weights_digest
 from .study import ParameterError, progress, write_json
@@ -45,7 +45,8 @@ def own(n: int) -> slice:
 @functools.cache
 def _prefer_onednn() -> bool:
     "Is this a processor that MKL serves badly, with oneDNN at hand?"
-    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
+    has: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    name = has.get("cpu_name", "")
     return "AMD" in name and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -61,7 +62,7 @@ class _Linear(TorchFunctionMode):
 
 # %% ../nbs/03_features.ipynb #c8e5e3e0
 @torch.no_grad()
-def _walk(encoder: nn.Module, images: torch.Tensor | ImageFiles, batch_size: int, bf16: bool, workers: int | None) -> Iterator[torch.Tensor]:
+def _walk(encoder: Encoder, images: torch.Tensor | ImageFiles, batch_size: int, bf16: bool, workers: int | None) -> Iterator[torch.Tensor]:
     "Features of each batch, in evaluation mode; the model's mode is put back."
     mode, device = encoder.training, next(encoder.parameters()).device
     encoder.eval()
@@ -74,7 +75,7 @@ def _walk(encoder: nn.Module, images: torch.Tensor | ImageFiles, batch_size: int
     finally: encoder.train(mode)
 
 def embed(
-    encoder: nn.Module, images: torch.Tensor | ImageFiles, # a timm model; N images, uint8
+    encoder: Encoder, images: torch.Tensor | ImageFiles, # a timm model; N images, uint8
     batch_size: int = 64, bf16: bool = False,              # images a forward pass; half precision inside
     workers: int | None = None                             # see `decoded`
 ) -> torch.Tensor:                                         # float32 (N, D) on the CPU, not normalised
@@ -83,7 +84,7 @@ def embed(
 
 # %% ../nbs/03_features.ipynb #840849e3
 def extract(
-    encoder: nn.Module, images: torch.Tensor | ImageFiles, # as for `embed`
+    encoder: Encoder, images: torch.Tensor | ImageFiles, # as for `embed`
     path: str | Path,                                      # the array, .npy; if it is there, it is read
     batch_size: int = 64, bf16: bool = False, workers: int | None = None, every: int = 50 # see `embed`; batches between notes
 ) -> torch.Tensor:                                         # float32 (N, D), mapped
@@ -107,7 +108,7 @@ def extract(
     return torch.from_numpy(found)
 
 # %% ../nbs/03_features.ipynb #c97079c1
-def _extract_rows(encoder: nn.Module, images, part: Path, what: dict, rows: slice, every: int, workers: int | None) -> None:
+def _extract_rows(encoder: Encoder, images, part: Path, what: dict, rows: slice, every: int, workers: int | None) -> None:
     "Fill `rows` of the array `part`, from where this process's note says it stopped."
     note, size = part.with_suffix(f".{rows.start}-{rows.stop}.json"), what["batch_size"]
     old = json.loads(note.read_text()) if note.is_file() else {}

@@ -110,10 +110,10 @@ def SHORT(corpus: str) -> str:
     "A corpus' name without the data set's."
     return corpus.removeprefix("emojishift-")
 
-def prefer(d: pd.DataFrame, keep: Sequence[bool]) -> pd.DataFrame:
+def prefer(d: pd.DataFrame, keep: Sequence[bool] | pd.Series) -> pd.DataFrame:
     "The rows that `keep` marks, or all of them where it marks none: a study of other cells still gets its figures."
-    keep = np.asarray(keep, bool)
-    return d[keep] if keep.any() else d
+    chosen = np.asarray(keep, bool)
+    return d[chosen] if chosen.any() else d
 
 def _seeds(d: pd.DataFrame) -> str:
     "How many seeds a mean is over, for a label."
@@ -187,7 +187,7 @@ def selected(t: pd.DataFrame) -> pd.DataFrame:
     return with_interval(pd.concat([d[d.alpha == at].assign(choice="ID-selected"), d[d.alpha == 1].assign(choice="alpha = 1")], ignore_index=True))
 
 # %% ../nbs/09_figures.ipynb #3d6d6e7a
-def logit(percent: np.ndarray) -> np.ndarray:
+def logit(percent: np.ndarray | pd.Series | list[float]) -> np.ndarray:
     "log(p / (100 - p)): the axis on which WiSE-FT draws ID against OOD."
     return np.log(np.asarray(percent) / (100 - np.asarray(percent)))
 

@@ -167,7 +167,9 @@ def decode_first(
 
 def _decode_into(path: Path, files: ImageFiles, n: int, workers: int | None) -> tuple[list[int], list[str]]:
     least, n = n or 1, n or len(files)
-    out, kept, lost = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, files.size, files.size)), [], []
+    out = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, files.size, files.size))
+    kept: list[int] = []
+    lost: list[str] = []
     rows = torch.arange(len(files)).split(32) if len(files) else []
     for pick, (batch, why) in zip(rows, progress(_loader(files, rows, workers, False), "decoding", total=-(-n // 32), unit="batch")):
         for i, image, reason in zip(pick.tolist(), batch, why):

@@ -11,6 +11,7 @@ __all__ = ['METHODS', 'CODE', 'FLYP', 'FEW', 'prompt_tokens', 'flyp_objective', 
 import copy, time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,7 @@ from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
 from .study import ParameterError, check_choice, check_range, parse_value, progress, with_defaults
 from .features import embed, own, pick_device, processes
-from .files import decoded
+from .files import ImageFiles, decoded
 from .suites import check_suite, load_training
 from .train import DEFAULTS as TEXT, finetune, in_pieces, optimiser, run_name, schedule, train_run, train_step
 
@@ -61,7 +62,7 @@ def check_flyp(p: dict) -> None:
     "Refuse a wrong value of any parameter of this chapter before work starts."
     check_choice("method", p["method"], METHODS); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("collisions", p["collisions"], COLLISIONS); check_suite(p["suite"])
     for name, low, high in (("epochs", 1, 10_000), ("batch_size", 2, 65_536), ("micro", 0, 65_536), ("strengths", 1, 1000), ("seed", 0, 2**31 - 1)): check_range(name, p[name], low, high, integer=True)
-    for name, high in (("lr", 10), ("weight_decay", 10), ("l2", 1e6)): check_range(name, p[name], 0, high)
+    for name, most in (("lr", 10.0), ("weight_decay", 10.0), ("l2", 1e6)): check_range(name, p[name], 0, most)
     if p["method"] == "LP" and p["adapter"] != "full": raise ParameterError(f"adapter = {p['adapter']!r} has nothing to do with method = 'LP'; leave it at 'full'")
 
 def image_text_name(params: dict, root: str | Path = "") -> str:
@@ -77,8 +78,8 @@ def what_trains(model: ImageText, method: str, adapter: str) -> None:
 
 # %% ../nbs/07_flyp.ipynb #7756abb0
 def start_head(
-    model: ImageText, method: str, images: torch.Tensor, labels: torch.Tensor, # uint8 (N, 3, H, W); int64 (N,)
-    zero: dict[str, torch.Tensor], strengths: Sequence[float],                 # from `zero_shot_head`; values of C
+    model: ImageText, method: str, images: torch.Tensor | ImageFiles, labels: torch.Tensor, # uint8 (N, 3, H, W); int64 (N,)
+    zero: dict[str, torch.Tensor], strengths: Sequence[float] | np.ndarray,                 # from `zero_shot_head`; values of C
     concepts: np.ndarray | None = None, seed: int = 0                          # of the probe's held-out tenth
 ) -> tuple[nn.Linear, float | None]:                                           # a head on unit vectors; the probe's strength
     "The head a method starts from: the zero-shot head times the scale, or the logistic probe."
@@ -105,10 +106,11 @@ def train_image_text(
     check_flyp(p)
     folder, start = runs_folder(runs) / image_text_name(p, root), time.time()
     if (folder / "run.json").is_file(): return folder
-    model = load_encoder(p["encoder"], root).to(pick_device(device))
+    model = cast(ImageText, load_encoder(p["encoder"], root).to(pick_device(device)))
     base, (suite, rows, images, views) = weights_digest(model), load_training(p["suite"], model, root)
     names, labels = [c.replace("-", " ") for c in suite.classes], suite.labels[rows]
     zero = zero_shot_head(model, names, prompt_templates())
+    head: Any
     head, strength = (nn.Identity(), None) if p["method"] == "FLYP" else start_head(model, p["method"], images, labels, zero, np.logspace(-6, 5, p["strengths"]), suite.concepts[rows], p["seed"])
     head = head.to(next(model.parameters()).device)
     adapt(model, p["adapter"], images, p["blocks"], p["source"], p["memory"], p["rank"], seed=p["seed"])
@@ -176,22 +178,22 @@ def few_shot(
     net, names, where = copy.deepcopy(model).eval(), [suite.classes[c].replace("-", " ") for c in classes], torch.full((len(suite.classes),), -1)
     where[list(classes)] = torch.arange(len(classes))
     labels, words = where[suite.labels], lambda: zero_shot_head(net, names, templates)
-    head = nn.Identity() if method == "FLYP" else start_head(net, method, suite.images[train], labels[train], words(), [])[0]
+    head: Any = nn.Identity() if method == "FLYP" else start_head(net, method, suite.images[train], labels[train], words(), [])[0]
     what_trains(net, method, "full")
     objective = flyp_objective(net, labels[train], prompt_tokens(net, names, templates), collisions) if method == "FLYP" else class_objective(head, labels[train])
     answer = lambda: dict(weight=words()["weight"] * net.clip.logit_scale.exp().item(), bias=torch.zeros(len(names))) if method == "FLYP" else {k: v.detach().clone() for k, v in head.state_dict().items()}
-    opt, g, table, best = optimiser(net, head, lr, lr, weight_decay), torch.Generator().manual_seed(draw), [], None
+    opt, g, table, best = optimiser(net, head, lr, lr, weight_decay), torch.Generator().manual_seed(draw), [], (float("inf"), dict[str, torch.Tensor](), dict[str, torch.Tensor]())
     for step in range(steps + 1):
         now = answer()
         loss_val = F.cross_entropy(F.linear(embed(net, suite.images[val]), **now), labels[val]).item()
-        if best is None or loss_val < best[0]: best = (loss_val, now, copy.deepcopy(net.state_dict()))
+        if loss_val < best[0]: best = (loss_val, now, copy.deepcopy(net.state_dict()))
         loss = train_step(net, opt, objective, random_views(shown, g, size=shown.shape[-1]), torch.arange(len(train)), g, schedule(step, steps, 0)) if step < steps else float("nan")
         table.append(dict(step=step, validation=loss_val, loss=loss))
     net.load_state_dict(best[2])
     return _score(net, suite, labels, best[1]), pd.DataFrame(table)
 
 # %% ../nbs/07_flyp.ipynb #d3be305a
-def _score(net: nn.Module, suite: Suite, labels: torch.Tensor, head: dict) -> dict[str, float]:
+def _score(net: ImageText, suite: Suite, labels: torch.Tensor, head: dict) -> dict[str, float]:
     "Accuracy of a head on the chosen classes of the ID test set and of every OOD set, in percent."
     out = {}
     for name in (s for s in suite.sets if suite.shift[s] != "SEEN" and s != "id-val"):

@@ -8,6 +8,7 @@ __all__ = ['METHODS', 'method_names', 'alpha_sweep', 'write_rows']
 # %% ../nbs/05_interpolation.ipynb #cee9593f
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 import torch
@@ -16,7 +17,7 @@ from .data import Suite
 from .distortion import distortion_rows, held_out_features
 from .knn_eval import knn_rows, needed
 from .probe import head_rows, probe_rows
-from .image_text import zero_shot_head
+from .image_text import ImageText, zero_shot_head
 from .losses import prompt_templates
 from .study import atomic_write, digest, progress
 from .runs import Run
@@ -57,8 +58,8 @@ def alpha_sweep(
         found = [knn_rows(features, suite, *((list(suite.sets), list(suite.banks)) if cells and alpha in (0, 1) else (held, ["id"])))]
         sets = found[0].set.unique().tolist()
         if deep or p.get("method") == "FLYP": run.encoder.load_state_dict(interpolate(run.theta_0, run.theta_1, alpha))
-        if p.get("method") == "FLYP": found.append(head_rows(features, suite, sets, zero_shot_head(run.encoder, [c.replace("-", " ") for c in suite.classes], prompt_templates())))
-        if run.head_1: found.append(head_rows(features, suite, sets, interpolate(run.head_0, run.head_1, alpha)))
+        if p.get("method") == "FLYP": found.append(head_rows(features, suite, sets, zero_shot_head(cast(ImageText, run.encoder), [c.replace("-", " ") for c in suite.classes], prompt_templates())))
+        if run.head_0 and run.head_1: found.append(head_rows(features, suite, sets, interpolate(run.head_0, run.head_1, alpha)))
         if deep: found += [probe_rows(features, suite, sets), distortion_rows(before, held_out_features(run.encoder, suite))]
         parts.append(pd.concat(found).assign(alpha=round(float(alpha), 6)))
     run.encoder.load_state_dict(run.theta_0)

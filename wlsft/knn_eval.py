@@ -69,8 +69,7 @@ def knn_rows(
             members = suite.banks[bank][name]
             place = torch.full((len(suite.images),), -1)
             place[members] = torch.arange(len(members))
-            own = place[queries]
-            own = own if (own >= 0).any() else None
+            own = place[queries] if (place[queries] >= 0).any() else None
             fit = [k for k in ks if k <= len(members) - (own is not None)]
             if not fit: continue
             see = suite.view.get(name, torch.arange(len(suite.classes)))
@@ -101,7 +100,7 @@ class ConceptBootstrap:
         rng, n = np.random.default_rng(seed), len(self.order)
         self.weights = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=draws)]).astype(np.float32)
     def accuracy(self,
-        correct: Sequence[bool], concept: Sequence[str] # one query each
+        correct: Sequence[bool] | np.ndarray, concept: Sequence[str] | np.ndarray # one query each
     ) -> np.ndarray:                                    # (draws + 1,), percent
         "Accuracy of one set under every draw."
         j = np.array([self.order[c] for c in concept])

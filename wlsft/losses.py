@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from .adapters import is_vit_block, replay_sites
+from .encoders import Encoder
 from .image_text import minilm_folder
 from .study import ParameterError, atomic_write, check_choice, code_digest, digest
 
@@ -100,8 +100,8 @@ def contrastive_loss(
     same = self if group is None else group[:, None] == group[None, :]
     if check_choice("collisions", collisions, ["positives", "ignored"]) == "ignored": logits, same = logits.masked_fill(same & ~self, -torch.inf), self
     count, own = same.sum(1), torch.where(same, logits, 0)          # symmetric: the same count for rows and columns
-    own = own.sum(1) / count, own.sum(0) / count
-    return ((logits.logsumexp(1) - own[0] + logits.logsumexp(0) - own[1]) / 2 - count.log()).mean()
+    rows, columns = own.sum(1) / count, own.sum(0) / count
+    return ((logits.logsumexp(1) - rows + logits.logsumexp(0) - columns) / 2 - count.log()).mean()
 
 COLLISIONS = ("positives", "negatives", "ignored")
 
@@ -123,7 +123,7 @@ def everyone(
 
 # %% ../nbs/02_losses.ipynb #dffe6d35
 def answers(
-    encoder: nn.Module,               # a timm model, adapted or not
+    encoder: Encoder,               # a timm model, adapted or not
     memories: dict[str, torch.Tensor] # site -> (m, D)
 ) -> dict[str, torch.Tensor]:
     "What each site answers to its memory: a ViT block reads it as one sequence, a CNN block as m images of one position."
@@ -131,7 +131,7 @@ def answers(
     return {n: sites[n](m[None]) if is_vit_block(sites[n]) else sites[n](m[:, :, None, None]) for n, m in memories.items()}
 
 def replay_consistency(
-    encoder: nn.Module, memories: dict[str, torch.Tensor], # see `answers`
+    encoder: Encoder, memories: dict[str, torch.Tensor], # see `answers`
     frozen: dict[str, torch.Tensor]                        # `answers` before tuning
 ) -> torch.Tensor:                                         # a scalar
     "Mean over sites of the mean squared change of the answers."

@@ -97,7 +97,7 @@ def tar_pairs(tars: Sequence[Path], want: int) -> tuple[TarMembers, list[str], l
         except DataError as e:
             lost.append(str(e))
             continue
-        read, keys = TarMembers(members), {}
+        read, keys = TarMembers(members), dict[str, dict[str, int]]()
         for i, (_, name, _, _) in enumerate(members): keys.setdefault(str(Path(name).with_suffix("")), {})[Path(name).suffix.lower()] = i
         for parts in keys.values():
             image = next((parts[s] for s in SUFFIXES if s in parts), None)
@@ -140,7 +140,8 @@ def coco_pairs(root: Path, n: int, seed: int, size: int, cache: str | Path) -> P
     path = _there(root / "coco/annotations/captions_train2017.json", f"{root}/coco/annotations/captions_train2017.json and {root}/coco/train2017/*.jpg")
     try:
         said = json.loads(path.read_text())
-        names, texts = {i["id"]: i["file_name"] for i in said["images"]}, {i["id"]: [] for i in said["images"]}
+        names: dict[int, str] = {i["id"]: i["file_name"] for i in said["images"]}
+        texts: dict[int, list[str]] = {i: [] for i in names}
         for a in said["annotations"]: texts.setdefault(a["image_id"], []).append(a["caption"])
     except (ValueError, KeyError, TypeError) as e: raise DataError(f"{path} is not COCO's captions ({type(e).__name__}: {e})") from e
     keys = sorted(names)
@@ -157,7 +158,7 @@ def own_pairs(corpus: str, n: int, seed: int, size: int, cache: str | Path) -> P
     name, _, file = corpus.partition("=")
     source, texts, lost = table_pairs(_there(Path(file), "a .csv or .tsv with a header such as filepath,caption, beside its images"))
     place = {p: i for i, p in enumerate(dict.fromkeys(source.paths))}
-    said = [[] for _ in place]
+    said: list[list[str]] = [[] for _ in place]
     for p, t in zip(source.paths, texts): said[place[p]].append(t)
     return take(name, Paths(list(place)), said, np.arange(len(place)), np.random.default_rng(seed).permutation(len(place)), n, size, cache, lost)
 

@@ -8,24 +8,25 @@ __all__ = ['small_vit', 'pixels', 'principal', 'distil_loss', 'DINOHead', 'dino_
 # %% ../nbs/build/pretrain.ipynb #424f99ef
 import copy, math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .encoders import load_encoder
+from .encoders import Encoder, load_encoder
 from .data import random_views
 from .study import progress
 from .train import schedule
 
 # %% ../nbs/build/pretrain.ipynb #cf79ba72
-def small_vit() -> nn.Module: # 12 blocks, 192 wide, 16-pixel patches, 64-pixel images
+def small_vit() -> Encoder: # 12 blocks, 192 wide, 16-pixel patches, 64-pixel images
     "The study's ViT with random weights; other image sizes are allowed, for DINO's small crops."
     import timm
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0, dynamic_img_size=True)
+    model: Any = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0, dynamic_img_size=True)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
     return model
 
-def pixels(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def pixels(model: Encoder, x: torch.Tensor) -> torch.Tensor:
     "Normalise float views in [0, 1] of any size for the model, without resizing."
     mean, std = (torch.tensor(model.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
     return (x - mean) / std
@@ -33,7 +34,7 @@ def pixels(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 # %% ../nbs/build/pretrain.ipynb #6cfe4e96
 @torch.no_grad()
 def principal(
-    teacher: nn.Module, images: torch.Tensor, # an encoder; uint8 (N, 3, H, W)
+    teacher: Encoder, images: torch.Tensor,   # an encoder; uint8 (N, 3, H, W)
     dim: int = 256                            # components kept, at most N
 ) -> tuple[torch.Tensor, torch.Tensor]:       # mean (D,) and basis (D, at most dim)
     "Mean and leading principal directions of the teacher's pooled features on whole images."
@@ -91,9 +92,10 @@ def _fit(modules: nn.Module, n: int, step: Callable, epochs: int, batch_size: in
             opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(params, 3.0); opt.step()
         after_epoch(epoch + 1)
 
-def distil(vit: nn.Module, images: torch.Tensor, epochs: int, batch_size: int, lr: float = 1e-3, seed: int = 0, after_epoch: Callable = lambda e: None) -> None:
+def distil(vit: Encoder, images: torch.Tensor, epochs: int, batch_size: int, lr: float = 1e-3, seed: int = 0, after_epoch: Callable = lambda e: None) -> None:
     "Phase one, in place: teach `vit` the features that EfficientNet-Lite0 has of the same random views of `images`."
-    teacher = load_encoder("tf_efficientnet_lite0").requires_grad_(False)
+    teacher = load_encoder("tf_efficientnet_lite0")
+    teacher.requires_grad_(False)
     mean, basis = principal(teacher, images[:: max(1, len(images) // 2048)])
     to_want = nn.Linear(vit.num_features, basis.shape[1])
     def step(pick, g, done):
@@ -106,11 +108,12 @@ def distil(vit: nn.Module, images: torch.Tensor, epochs: int, batch_size: int, l
     _fit(nn.ModuleList([vit.train(), to_want]), len(images), step, epochs, batch_size, lr, seed, after_epoch, "distil")
 
 # %% ../nbs/build/pretrain.ipynb #060ee19f
-def dino(vit: nn.Module, images: torch.Tensor, epochs: int, batch_size: int, lr: float = 3e-4, momentum: float = 0.99, seed: int = 0, after_epoch: Callable = lambda e, teacher: None) -> nn.Module:
+def dino(vit: Encoder, images: torch.Tensor, epochs: int, batch_size: int, lr: float = 3e-4, momentum: float = 0.99, seed: int = 0, after_epoch: Callable = lambda e, teacher: None) -> nn.Module:
     "Phase two: DINO from the weights of `vit`; returns the momentum teacher, which is what one keeps."
-    student = nn.ModuleList([vit.train(), DINOHead(vit.num_features)])
+    head = DINOHead(vit.num_features)
+    student = nn.ModuleList([vit.train(), head])
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
-    centre = torch.zeros(len(student[1].prototypes))
+    centre = torch.zeros(len(head.prototypes))
     def step(pick, g, done):
         batch = images[pick]
         follow(teacher, student, 1 - (1 - momentum) * (math.cos(math.pi * done) + 1) / 2)

@@ -34,8 +34,9 @@ def batches(features: np.ndarray, rows: np.ndarray, size: int = 8192) -> Iterato
 
 def moments(features: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean and standard deviation per dimension, float32 `(D,)`, in two passes; deviation 1 where a feature is constant."
-    mean = sum(x.double().sum(0) for _, x in batches(features, rows)) / len(rows)
-    var = sum((x.double() - mean).square().sum(0) for _, x in batches(features, rows)) / len(rows)
+    zero = torch.zeros(features.shape[1], dtype=torch.float64)
+    mean = sum((x.double().sum(0) for _, x in batches(features, rows)), zero) / len(rows)
+    var = sum(((x.double() - mean).square().sum(0) for _, x in batches(features, rows)), zero) / len(rows)
     if not torch.isfinite(var).all(): raise ParameterError(f"feature {int((~torch.isfinite(var)).nonzero()[0])} is not finite in some row")
     std = var.sqrt()
     return mean.float(), torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0).float()
@@ -49,8 +50,8 @@ def logistic(
 ) -> tuple[np.ndarray, float, bool]: # parameters (K, D + 1), bias last, for the K classes present, on standardised features; mean loss; converged?
     "Multinomial logistic regression with an L2 penalty, by L-BFGS."
     mean, std = scale or moments(features, rows)
-    present, y = np.unique(labels[rows], return_inverse=True)
-    y, shape, n = torch.as_tensor(y), (len(present), features.shape[1] + 1), len(rows)
+    present, place = np.unique(labels[rows], return_inverse=True)
+    y, shape, n = torch.as_tensor(place), (len(present), features.shape[1] + 1), len(rows)
     def objective(flat):
         theta = torch.as_tensor(flat.reshape(shape)).float()
         loss, grad = 0.0, torch.zeros(shape, dtype=torch.float64)
@@ -79,7 +80,7 @@ def ridge_path(
     target = lambda at: 2.0 * F.one_hot(torch.as_tensor(y[at]), len(present)).double() - 1
     offset = sum(((x.double() - mean) / std).sum(0) for _, x in batches(features, rows)) / len(rows)
     middle = 2 * torch.bincount(torch.as_tensor(y), minlength=len(present)).double() / len(rows) - 1
-    gram, cross = 0.0, 0.0
+    gram, cross = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for at, x in batches(features, rows):
         z = (x.double() - mean) / std - offset
         gram, cross = gram + z.T @ z, cross + (target(at) - middle).T @ z
@@ -122,7 +123,7 @@ def fold(theta: np.ndarray, present: np.ndarray, classes: int, scale: tuple[torc
 def fit_probe(
     features: np.ndarray, labels: np.ndarray, classes: int, # (N, D), may be a memory map; int (N,); number of classes C
     kind: str = "logistic",                                 # or `ridge`
-    strengths: Sequence[float] = tuple(np.logspace(-6, 5, 45)), # C of `logistic`, 1 / lambda of `ridge`
+    strengths: Sequence[float] | np.ndarray = tuple(np.logspace(-6, 5, 45)), # C of `logistic`, 1 / lambda of `ridge`
     groups: np.ndarray | None = None, seed: int = 0         # rows held out together; seed of the held-out tenth
 ) -> Probe:
     "A linear probe with its strength chosen on a held-out tenth of the rows. Raises `ParameterError` for what cannot be fitted."
@@ -132,7 +133,7 @@ def fit_probe(
     if not held.any(): raise ParameterError("no class has two groups of rows, so none can be held out to choose the strength")
     fit, test, every, rows, theta = np.flatnonzero(~held), np.flatnonzero(held), np.arange(len(labels)), [], None
     scale, present = moments(features, fit), np.unique(labels[fit])
-    path = ridge_path(features, labels, fit, [1 / s for s in strengths], scale) if kind == "ridge" else None
+    path = ridge_path(features, labels, fit, [1 / s for s in strengths], scale) if kind == "ridge" else iter(())
     for s in progress(strengths, "probe"):
         theta, loss, done = logistic(features, labels, fit, s, theta, scale) if kind == "logistic" else (next(path), math.nan, True)
         w, b = fold(theta, present, classes, scale)
@@ -162,7 +163,7 @@ def head_rows(
 
 def probe_rows(
     features: torch.Tensor, suite: Suite, sets: Sequence[str], # as for `head_rows`; the rows of the `id` bank are fitted
-    strengths: Sequence[float] = tuple(np.logspace(-6, 5, 12)), seed: int = 0 # 1 / lambda; of the held-out tenth
+    strengths: Sequence[float] | np.ndarray = tuple(np.logspace(-6, 5, 12)), seed: int = 0 # 1 / lambda; of the held-out tenth
 ) -> pd.DataFrame:                                             # as `head_rows`, with protocol `probe`
     "Accuracy of a ridge probe fitted to these very features: what a ridge head, fitted anew, does with them, whatever head came with them."
     rows = suite.banks["id"]["id-test"]

@@ -110,7 +110,7 @@ def profile(
     check_range("k", k, 1, min(c.shape[2] for c in w.cosines.values()), integer=True)
     groups, concepts = {s: w.named(s) for s in LOOK}, w.suite.concepts
     boot = ConceptBootstrap([str(c) for s in sum(groups.values(), []) for c in concepts[w.suite.sets[s]]], draws, seed)
-    out, first, worst = [], {}, ""
+    out, first, worst = [], dict[str, np.ndarray](), ""
     for i, alpha in enumerate(w.alphas):
         votes = {s: w.shares(i, s, k, temperature) for s in w.cosines}
         tau = fit_tau(*votes["id-val"]) if "id-val" in votes else float("nan")

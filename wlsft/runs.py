@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 from .adapters import add_film, add_token_replay, is_adapter, replay_sites
-from .encoders import load_encoder
+from .encoders import Encoder, load_encoder
 from .data import DataError, data_folder, shipped
 from .study import ParameterError, atomic_write, code_digest, digest, write_json
 
@@ -46,13 +45,13 @@ def name_run(
     return f"{front}-{who}-s{params['seed']}-{stamp}"
 
 # %% ../nbs/03_runs.ipynb #00cd590f
-def weights_digest(encoder: nn.Module) -> str:
+def weights_digest(encoder: Encoder) -> str:
     "A short hash of all parameters and buffers."
     h = hashlib.sha256()
     for k, v in sorted(encoder.state_dict().items()): h.update(k.encode() + v.cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
-def provenance(encoder: nn.Module, name: str, modules: Sequence[str], root: str | Path = "") -> dict:
+def provenance(encoder: Encoder, name: str, modules: Sequence[str], root: str | Path = "") -> dict:
     "Code, data, versions, number of weights trained and peak memory of this process, for `run.json`."
     import timm, open_clip
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=data_folder().parent, capture_output=True, text=True).stdout.strip()
@@ -66,7 +65,7 @@ def provenance(encoder: nn.Module, name: str, modules: Sequence[str], root: str 
 class Run:
     "A trained run: the adapted encoder at `theta_0`, both parameter sets with equal keys, and `run.json`."
     name: str
-    encoder: nn.Module
+    encoder: Encoder
     theta_0: dict[str, torch.Tensor]
     theta_1: dict[str, torch.Tensor]
     info: dict = field(repr=False)

@@ -38,7 +38,7 @@ def knn_search(
     "The k most similar bank rows of each query by cosine; ties go to the lower row. This path is the reference."
     check_range("k", k, 1, len(bank) - (exclude is not None), integer=True)
     query, piece = F.normalize(query, dim=1), max(k, chunk_bytes // (8 * bank.shape[1]))
-    rows, best = max(1, chunk_bytes // (8 * min(piece, len(bank)))), {}
+    rows, best = max(1, chunk_bytes // (8 * min(piece, len(bank)))), dict[int, tuple[torch.Tensor, torch.Tensor]]()
     for at in range(0, len(bank), piece):                                  # a mapped bank is never in memory as a whole
         part = F.normalize(bank[at:at + piece], dim=1)
         for start in range(0, len(query), rows):
@@ -185,7 +185,7 @@ def fast_search(
 def _multiplies_half(device: torch.device) -> bool:
     "Has the processor, or the GPU, instructions for bfloat16?"
     if device.type != "cpu": return True
-    has = getattr(torch.cpu, "get_capabilities", dict)()
+    has: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 def nearest(

@@ -102,8 +102,8 @@ def notebook_parameters(
     if len(cells) != 1: raise ParameterError(f"{path} has {len(cells)} cells tagged 'parameters'; papermill needs exactly one")
     found = {}
     for node in ast.parse(cells[0]).body:
-        if isinstance(node, ast.AnnAssign): found[node.target.id] = ast.literal_eval(node.value)
-        elif isinstance(node, ast.Assign): found.update({t.id: ast.literal_eval(node.value) for t in node.targets})
+        if isinstance(node, ast.AnnAssign) and node.value: found[ast.unparse(node.target)] = ast.literal_eval(node.value)
+        elif isinstance(node, ast.Assign): found.update({ast.unparse(t): ast.literal_eval(node.value) for t in node.targets})
     return found
 
 def check_parameters(

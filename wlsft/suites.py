@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from torch import nn
+from .encoders import Encoder
 from .data import DataError, Suite, data_folder, emojishift_suite, load_emojishift
 from .files import ImageFiles, Items, Paths, Source
 from .pairs import PHOTOS, class_files, imagenet_ids, is_own, is_validation, within
@@ -53,10 +53,12 @@ def assemble(
     size: int, crop: float = 0.875       # of decoded images
 ) -> Suite:
     "One suite over the files of all parts. Raises `DataError` for a set without images, or without neighbours."
-    files, labels, groups, rows = None, [], [], {}
+    files: ImageFiles | None = None
+    labels: list[np.ndarray] = []
+    groups: list[str] = []
     def add(part: Part) -> torch.Tensor:
         nonlocal files
-        more, first = ImageFiles.of(part.source, size, crop), sum(map(len, labels))
+        more, first = ImageFiles.of(part.source, size, crop), sum(len(y) for y in labels)
         files = more if files is None else files + more
         labels.append(np.asarray(part.labels, np.int64))
         groups.extend(part.groups if part.groups is not None else map(str, range(first, first + len(more))))
@@ -74,6 +76,7 @@ def assemble(
         if not len(sets[s]): raise DataError(f"set {s} of suite {name} has no image of its classes")
         if not len(banks["id"][s]): raise DataError(f"the ID training images of suite {name} have no class of set {s}")
     shift = {s: "ID" if s.startswith("id-") else "OOD" for s in sets}
+    assert files is not None
     return Suite(name, files, every, np.array(groups), classes, sets, shift, banks, view)
 
 # %% ../nbs/00_suites.ipynb #a4253f57
@@ -250,7 +253,7 @@ def load_suite(
 
 # %% ../nbs/00_suites.ipynb #d9bb661c
 def load_training(
-    name: str, encoder: nn.Module, root: str | Path = ""         # see `load_suite`; whose input size and crop are taken; see `data_folder`
+    name: str, encoder: Encoder, root: str | Path = ""         # see `load_suite`; whose input size and crop are taken; see `data_folder`
 ) -> tuple[Suite, torch.Tensor, torch.Tensor | ImageFiles, dict]: # the suite; training rows; their images; options of `random_views`
     "A suite as an encoder wants it, and what a classifier may be trained on."
     cfg = encoder.pretrained_cfg

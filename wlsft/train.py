@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 from .adapters import ADAPTERS, SOURCES, adapt
-from .encoders import load_encoder, prepare
+from .encoders import Encoder, load_encoder, prepare
 from .data import CORPORA, DataError, PairCorpus, random_views
 from .features import embed, own, pick_device, processes
-from .files import decoded
+from .files import ImageFiles, decoded
 from .losses import COLLISIONS, TextTable, answers, collided, contrastive_loss, embed_texts, everyone, prompt_templates, replay_consistency
 from .pairs import check_corpus, corpus_stamp, load_pairs
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
@@ -80,7 +80,7 @@ def load_state(path: Path, modules: dict, optimizer) -> tuple[int, list]:
     return state["epoch"], state["history"]
 
 # %% ../nbs/03_train.ipynb #39f8e2d4
-def optimiser(encoder: nn.Module, head: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
+def optimiser(encoder: Encoder, head: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
     "AdamW; matrices decay, vectors (norms, biases, FiLM) do not; the head has its own rate."
     trained = [p for p in encoder.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.ndim > 1], lr=lr, weight_decay=weight_decay),
@@ -105,7 +105,7 @@ def pair_objective(
         return contrastive_loss(head(feature), text, scale, *collided(group.to(feature.device), collisions)) + extra()
     return loss
 
-def _consistency(encoder: nn.Module, weight: float) -> Callable:
+def _consistency(encoder: Encoder, weight: float) -> Callable:
     "The replay-consistency term as a function of no arguments; nothing at weight 0."
     if not weight: return lambda: 0.0
     held = {k.removesuffix(".replay.memory"): v for k, v in encoder.named_buffers() if k.endswith(".replay.memory")}
@@ -126,13 +126,12 @@ def in_pieces(
 def average_gradients(params: list[nn.Parameter]) -> None:
     "Mean over the processes of `torchrun`, in one message; nothing where there is one process."
     if processes()[1] == 1: return
-    for p in params: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = torch.cat([p.grad.flatten() for p in params])
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
     distributed.all_reduce(flat)
-    for p, mean in zip(params, (flat / processes()[1]).split([p.numel() for p in params])): p.grad.copy_(mean.view_as(p))
+    for p, mean in zip(params, (flat / processes()[1]).split([p.numel() for p in params])): p.grad = mean.view_as(p)
 
 def train_step(
-    encoder: nn.Module, opt: torch.optim.Optimizer, objective: Callable, # see `optimiser` and `pair_objective`
+    encoder: Encoder, opt: torch.optim.Optimizer, objective: Callable, # see `optimiser` and `pair_objective`
     views: torch.Tensor, pick: torch.Tensor, g: torch.Generator,         # this process's part of the batch; all its rows; the source of chance
     factor: float, micro: int = 0, bf16: bool = False                    # of the peak rates; see `in_pieces`; half precision in the encoder
 ) -> float:                                                              # the loss
@@ -152,8 +151,8 @@ def train_step(
 
 # %% ../nbs/03_train.ipynb #1b87e506
 def finetune(
-    encoder: nn.Module, head: nn.Module,          # `requires_grad` says what trains; both change in place
-    images: torch.Tensor, objective: Callable,    # uint8 (N, 3, H, W), or `ImageFiles`; see `pair_objective`
+    encoder: Encoder, head: nn.Module,          # `requires_grad` says what trains; both change in place
+    images: torch.Tensor | ImageFiles, objective: Callable, # uint8 (N, 3, H, W), or files; see `pair_objective`
     epochs: int, batch_size: int = 128,           # passes; images a step
     lr: float = 1e-3, head_lr: float = 1e-3, weight_decay: float = 0.01, # AdamW
     seed: int = 0, state: Path | None = None,     # of order, views and texts; file to resume from
@@ -200,7 +199,7 @@ def check_train(p: dict) -> None:
     check_corpus(p["corpus"]); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("source", p["source"], SOURCES)
     check_choice("collisions", p["collisions"], COLLISIONS)
     for name, low, high in (("epochs", 1, 10_000), ("batch_size", 2, 65_536), ("memory", 1, 65_536), ("rank", 4, 4096), ("images", 0, 10**9), ("seed", 0, 2**31 - 1)): check_range(name, p[name], low, high, integer=True)
-    for name, high in (("lr", 10), ("head_lr", 10), ("weight_decay", 10), ("consistency", 1e6)): check_range(name, p[name], 0, high)
+    for name, most in (("lr", 10.0), ("head_lr", 10.0), ("weight_decay", 10.0), ("consistency", 1e6)): check_range(name, p[name], 0, most)
     if p["consistency"] and (p["adapter"], p["source"]) != ("token-replay", "recorded"): raise ParameterError(f"consistency = {p['consistency']} needs adapter = 'token-replay' with source = 'recorded'")
 
 # %% ../nbs/03_train.ipynb #b6ca020b
