@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from wlsft.data import DataError, data_folder
 from wlsft.figures import read_rows
-from wlsft.study import ParameterError
+from wlsft.study import RANGES, ParameterError, check_parameters, check_values, notebook_parameters
 from wlsft.runs import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +41,35 @@ def test_chapters_refuse_wrong_values(tmp_path, chapter, name, value, says):
     done = run(f"nbs/{chapter}.ipynb", tmp_path / "out.ipynb", "-p", name, value)
     assert done.returncode != 0 and says in done.stderr
     assert not (tmp_path / "out.ipynb").exists() and (tmp_path / "out.failed.ipynb").exists()
+
+
+NOTEBOOKS = sorted([*ROOT.glob("nbs/[0-9]*.ipynb"), *ROOT.glob("nbs/build/*.ipynb")])
+STRANGE = [None, True, -1, 1.5, float("nan"), float("inf"), 10**12, "seven", [], [-1], ["x"], {}]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_notebook_refuses_wrong_values(path):
+    defaults, refused = notebook_parameters(path), 0
+    cells = [c["source"] if isinstance(c["source"], str) else "".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    at = next(i for i, c in enumerate(cells) if c.startswith(tuple(f"{name}: " for name in defaults)))
+    assert "check_values(globals())" in cells[at + 1]                                     # before any work, also under plain papermill
+    for name, default in defaults.items():
+        for value in STRANGE:
+            wrong_type = type(value) is not type(default) and not (isinstance(default, float) and type(value) is int)
+            number = value[0] if isinstance(value, list) and value else value
+            out_of_range = name in RANGES and not isinstance(number, (str, list)) and not wrong_type and not RANGES[name][0] <= number <= RANGES[name][1]
+            if wrong_type or out_of_range:
+                refused += 1
+                with pytest.raises(ParameterError, match=name):
+                    check_parameters({name: value}, defaults)
+                    check_values({name: value})
+                space = {"__name__": "notebook"}
+                exec(cells[at], space)                                                    # the cell itself, then what papermill injects
+                with pytest.raises(ParameterError, match=name):
+                    exec(f"{name} = value\n" + cells[at + 1], {**space, "value": value})
+    assert refused >= 10
+    numbers = {k for k, v in defaults.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    assert numbers <= RANGES.keys()
 
 
 @pytest.fixture
