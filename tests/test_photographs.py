@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from wlsft.figures import at_chosen_rate, beside_published, bootstrap_table, figure_alpha, figure_styles, selected
+from wlsft.figures import at_chosen_rate, beside_published, bootstrap_table, figure_alpha, figure_sets, ood_sets, selected
 from wlsft.flyp import train_image_text
 from wlsft.interpolation import alpha_sweep
 from wlsft.lp_ft import train_classifier
@@ -98,7 +98,7 @@ def test_the_figures_take_them(swept):
     boot = bootstrap_table(t, 20)
     changes = selected(boot)
     assert {"ID", "VAL", "OOD"} <= set(boot["set"])
-    for figure in (figure_alpha(boot), figure_styles(changes)):
+    for figure in (figure_alpha(boot), figure_alpha(boot, change=True), figure_sets(changes[changes.choice == "ID-selected"], ood_sets(changes["set"]))):
         assert len(figure[1])
     published = pd.read_csv(ROOT / "data/published/dino_knn.csv")
     renamed = t.assign(encoder="vit_base_patch16_224.dino=file")
