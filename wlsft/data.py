@@ -63,6 +63,8 @@ def read_style(
     if not path.is_file(): raise DataError(f"missing {path}; build it with nbs/build/emojishift.ipynb")
     try: table = pd.read_parquet(path)
     except Exception as e: raise DataError(f"{path} cannot be read as parquet ({e}); fetch it again") from e
+    lacks = [c for c in ("image", "concept", "label", "split") if c not in table]
+    if lacks: raise DataError(f"{path} is not a style of EmojiShift: it has no column {lacks[0]}")
     want, have = json.loads((folder / "canary.json").read_text())[style], fingerprint(table)
     if want != have: raise DataError(f"{path} is not the file that was shipped: expected {want}, found {have}")
     return table

@@ -42,7 +42,7 @@ def read_weights(
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as e: raise DataError(f"{path} cannot be read as weights ({str(e).splitlines()[0]})") from e
+    except Exception as e: raise DataError(f"{path} cannot be read as weights ({str(e).partition(chr(10))[0] or type(e).__name__})") from e
     for key in ("teacher", "state_dict", "model", "student"):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
     found = {k.removeprefix("module."): v for k, v in found.items() if torch.is_tensor(v)} if isinstance(found, dict) else {}

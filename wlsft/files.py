@@ -84,11 +84,11 @@ def tar_members(path: str | Path) -> list[tuple[str, str, int, int]]:
     "Regular files of a tar, in order: (tar, member, offset, bytes). A tar that is cut short gives what is whole; raises `DataError` if it is none."
     found, size = [], Path(path).stat().st_size
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:                          # plain ones only: in a compressed one, no member has a place
             for m in tar:
                 if m.isfile() and m.offset_data + m.size <= size: found.append((str(path), m.name, m.offset_data, m.size))
-    except (tarfile.TarError, OSError) as e:
-        if not found: raise DataError(f"{path} is not a tar ({e})") from e
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as e:
+        if not found: raise DataError(f"{path} is not a tar, or a compressed one ({e})") from e
     return found
 
 # %% ../nbs/00_files.ipynb #ea64f8a0
@@ -118,7 +118,10 @@ class ImageFiles:
     def decode(self, i: int) -> torch.Tensor:
         "Image i as uint8 `(3, size, size)`. Raises `DataError` naming the file."
         s, j = self.at[i]
-        try: return centre(self.sources[s].open(int(j)), self.size, self.crop)
+        try:
+            image = self.sources[s].open(int(j))
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf): raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            return centre(image, self.size, self.crop)
         except Exception as e: raise DataError(f"{self.name(i)} cannot be decoded ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/00_files.ipynb #5bd14b78

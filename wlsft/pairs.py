@@ -109,7 +109,7 @@ def tar_pairs(tars: Sequence[Path], want: int) -> tuple[TarMembers, list[str], l
 
 def _caption(raw: bytes) -> str:
     try: return clean(json.loads(raw).get("caption"))
-    except (ValueError, AttributeError): return ""
+    except (ValueError, AttributeError, RecursionError): return ""
 
 # %% ../nbs/00_pairs.ipynb #fe369b08
 def table_pairs(path: Path) -> tuple[Paths, list[str], list[str]]:
@@ -143,7 +143,7 @@ def coco_pairs(root: Path, n: int, seed: int, size: int, cache: str | Path) -> P
         names: dict[int, str] = {i["id"]: i["file_name"] for i in said["images"]}
         texts: dict[int, list[str]] = {i: [] for i in names}
         for a in said["annotations"]: texts.setdefault(a["image_id"], []).append(a["caption"])
-    except (ValueError, KeyError, TypeError) as e: raise DataError(f"{path} is not COCO's captions ({type(e).__name__}: {e})") from e
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e: raise DataError(f"{path} is not COCO's captions ({type(e).__name__}: {e})") from e
     keys = sorted(names)
     source = Paths([within(root / "coco/train2017", names[k]) for k in keys])
     return take("coco10k", source, [texts[k] for k in keys], np.arange(len(keys)), np.random.default_rng(seed).permutation(len(keys)), n, size, cache)

@@ -97,7 +97,12 @@ def load_run(
     if folder is None:
         known = sorted({f.parent.name for p in places[1:] for f in p.parent.glob("*/run.json")})
         raise ParameterError(f"run = {name!r} is not known; allowed: {', '.join(known) or 'none yet'}")
-    info = json.loads((folder / "run.json").read_text())
+    try: info = json.loads((folder / "run.json").read_text())
+    except (ValueError, RecursionError) as e: raise DataError(f"{folder / 'run.json'} cannot be read ({e})") from e
+    want = dict(encoder=str, adapter=str, blocks=list, source=str, rank=int) if isinstance(info, dict) else {}
+    told = info.get("parameters") if want else None
+    if not isinstance(told, dict) or not isinstance(info.get("encoder_digest"), str) or any(not isinstance(told.get(k), t) for k, t in want.items()):
+        raise DataError(f"{folder / 'run.json'} is not the record of a run: it should have `encoder_digest`, and `parameters` with {', '.join(want) or 'encoder, adapter'}")
     try: saved = load_file(folder / "theta.safetensors")
     except Exception as e: raise DataError(f"{folder / 'theta.safetensors'} is missing or cut short ({e})") from e
     return _rebuild(folder.name, info, saved, root)

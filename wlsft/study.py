@@ -191,13 +191,16 @@ def expand_study(
     import itertools, yaml
     if not Path(path).is_file():
         raise ParameterError(f"no study at {path}; there are: {', '.join(sorted(p.stem for p in Path(path).parent.glob('*.yaml')))}")
-    spec = yaml.safe_load(Path(path).read_text())
+    try: spec = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, ValueError, RecursionError) as e: raise ParameterError(f"{path} cannot be read as YAML ({str(e).partition(chr(10))[0]})") from e
+    if not isinstance(spec, dict) or not isinstance(spec.get("runs"), list) or not all(isinstance(r, dict) for r in [spec.get("defaults") or {}, *spec["runs"]]):
+        raise ParameterError(f"{path} is not a study: it should have `runs`, a list of parameters by name, and perhaps `title` and `defaults`")
     for name in spec: check_choice(f"section of {path}", name, ["title", "defaults", "runs"])
     out = []
     for run in spec["runs"]:
         keys = [k for k, v in run.items() if isinstance(v, list)]
         for values in itertools.product(*(run[k] for k in keys)):
             for seed in range(seeds):
-                p = {**spec.get("defaults", {}), "seed": seed, **run, **dict(zip(keys, values)), **everywhere}
+                p = {**(spec.get("defaults") or {}), "seed": seed, **run, **dict(zip(keys, values)), **everywhere}
                 if p not in out: out.append(p)
     return out

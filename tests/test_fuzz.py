@@ -1,0 +1,194 @@
+"Readers fed with damaged and hostile files: a `DataError`, a `ParameterError`, or an answer; never another exception, a hang or a swollen process. FUZZ says how many inputs a reader (FUZZ=10000 for an evening)."
+import io
+import json
+import os
+import resource
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from wlsft.data import DataError, data_folder, read_style
+from wlsft.encoders import read_weights
+from wlsft.figures import read_rows
+from wlsft.files import ImageFiles, Paths, TarMembers, tar_members
+from wlsft.pairs import coco_pairs, table_pairs, tar_pairs
+from wlsft.runs import load_run
+from wlsft.study import ParameterError, expand_study
+
+FUZZ = int(os.environ.get("FUZZ", 100))
+REFUSED = (DataError, ParameterError)
+
+
+def picture(kind, size=(40, 30)):
+    b = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)).save(b, kind)
+    return b.getvalue()
+
+
+def tar_bytes():
+    b = io.BytesIO()
+    with tarfile.open(fileobj=b, mode="w") as tar:
+        for name, body in (("0.jpg", picture("JPEG")), ("0.txt", b"a cat"), ("1.png", picture("PNG")), ("1.json", b'{"caption": "a dog"}'), ("../../2.jpg", picture("JPEG"))):
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+    return b.getvalue()
+
+
+def weights_bytes(folder):
+    save_file({"a.weight": torch.ones(3, 2)}, folder / "w")
+    return (folder / "w").read_bytes()
+
+
+def parquet_bytes(folder):
+    pd.read_parquet(data_folder() / "results/few_shot.parquet").head(20).to_parquet(folder / "p")
+    return (folder / "p").read_bytes()
+
+
+COCO = json.dumps(dict(images=[dict(id=i, file_name=f"{i}.jpg") for i in range(3)], annotations=[dict(image_id=i, caption=f"number {i}") for i in range(3)])).encode()
+STUDY = b"title: t\ndefaults: {encoder: e, epochs: 2}\nruns:\n- {adapter: [film, full], lr: 0.1}\n- {adapter: film, corpus: x}\n"
+
+
+def coco(folder, raw):
+    for sub in ("coco/annotations", "coco/train2017"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    (folder / "coco/annotations/captions_train2017.json").write_bytes(raw)
+    coco_pairs(folder, 3, 0, 8, "")
+
+
+def run_json(folder, raw):
+    (folder / "run.json").write_bytes(raw)
+    (folder / "theta.safetensors").write_bytes(b"")
+    load_run(str(folder))
+
+
+def emoji(folder, raw):
+    (folder / "noto.parquet").write_bytes(raw)
+    (folder / "canary.json").write_bytes((data_folder() / "emojishift/canary.json").read_bytes())
+    read_style(folder, "noto")
+
+
+def written(name, read):
+    def go(folder, raw):
+        (folder / name).write_bytes(raw)
+        return read(folder / name)
+    return go
+
+
+READERS = {  # name -> (what reads, a sound file)
+    "jpeg": (written("x.jpg", lambda p: ImageFiles.of(Paths([p]), 16).decode(0)), lambda f: picture("JPEG")),
+    "png": (written("x.png", lambda p: ImageFiles.of(Paths([p]), 16).decode(0)), lambda f: picture("PNG")),
+    "webp": (written("x.webp", lambda p: ImageFiles.of(Paths([p]), 16).decode(0)), lambda f: picture("WEBP")),
+    "tiff": (written("x.tif", lambda p: ImageFiles.of(Paths([p]), 16).decode(0)), lambda f: picture("TIFF")),
+    "tar": (written("x.tar", lambda p: [TarMembers(tar_members(p)).read(i) for i in range(len(tar_members(p)))]), lambda f: tar_bytes()),
+    "tar of pairs": (written("x.tar", lambda p: tar_pairs([p], 10)), lambda f: tar_bytes()),
+    "table": (written("x.csv", table_pairs), lambda f: b'filepath,caption\na.jpg,"a, b"\n\xff.jpg,c\n'),
+    "tabs": (written("x.tsv", table_pairs), lambda f: b"filepath\tcaption\na.jpg\tb\n"),
+    "coco": (coco, lambda f: COCO),
+    "safetensors": (written("x.safetensors", read_weights), weights_bytes),
+    "pth": (written("x.pth", read_weights), lambda f: (torch.save({"state_dict": {"a": torch.ones(2)}}, f / "t"), (f / "t").read_bytes())[1]),
+    "rows": (written("rows.parquet", lambda p: read_rows([p])), parquet_bytes),
+    "emojishift": (emoji, parquet_bytes),
+    "run.json": (run_json, lambda f: (data_folder() / "runs/film-keywords/run.json").read_bytes()),
+    "study": (written("x.yaml", lambda p: expand_study(p, 2)), lambda f: STUDY),
+}
+PIECES = [b"", b"\x00", b"\xff" * 8, b"\n", b",", b'"', b"[" * 50, b"{" * 50, b"-1", b"1e999", b"null", b"NaN", b"../", b"99999999999999999999", b"&a [*a, *a]", b"!!python/object/apply:os.system [x]"]
+
+
+@st.composite
+def damage(draw):
+    "Cut, overwrite, insert, repeat or swap, at places given as shares of the file."
+    place = st.floats(0, 1, exclude_max=True)
+    return draw(st.lists(st.tuples(st.sampled_from(["cut", "put", "insert", "drop", "repeat", "flip"]), place, place, st.sampled_from(PIECES) | st.binary(max_size=6)), min_size=1, max_size=6))
+
+
+def damaged(raw, steps):
+    for what, a, b, piece in steps:
+        i, j = sorted((int(a * len(raw)), int(b * len(raw))))
+        if what == "cut":
+            raw = raw[:j]
+        elif what == "put":
+            raw = raw[:i] + piece + raw[i + len(piece):]
+        elif what == "insert":
+            raw = raw[:i] + piece + raw[i:]
+        elif what == "drop":
+            raw = raw[:i] + raw[min(j, i + 64):]
+        elif what == "repeat":
+            raw = raw[:j] + raw[i:min(j, i + 4096)] + raw[j:]
+        elif raw:
+            raw = raw[:i] + bytes([raw[i] ^ (1 << len(piece) % 8)]) + raw[i + 1:] if i < len(raw) else raw
+    return raw
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reader", READERS)
+def test_damaged_files_are_read_or_refused(reader, tmp_path):
+    read, sound = READERS[reader]
+    raw = sound(tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    @settings(max_examples=FUZZ, deadline=None, database=None, derandomize=FUZZ <= 100, suppress_health_check=list(HealthCheck))
+    @given(damage())
+    def feed(steps):
+        start = time.time()
+        try:
+            read(tmp_path, damaged(raw, steps))
+        except REFUSED:
+            pass
+        assert time.time() - start < 10
+
+    feed()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000              # kilobytes
+
+
+def test_a_tar_is_never_unpacked_and_a_compressed_one_is_refused(tmp_path):
+    (tmp_path / "x.tar").write_bytes(tar_bytes())
+    inside = {p for p in tmp_path.rglob("*")}
+    assert len(tar_pairs([tmp_path / "x.tar"], 10)[0]) == 3 and {p for p in tmp_path.rglob("*")} == inside and not (tmp_path.parent.parent / "2.jpg").exists()
+    with tarfile.open(tmp_path / "y.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "x.tar")
+    with pytest.raises(DataError, match="not a tar"):
+        tar_members(tmp_path / "y.tar.gz")
+
+
+def test_bombs(tmp_path):
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "bomb.png")                                # 18 kB on disk
+    with pytest.raises(DataError, match=r"bomb\.png cannot be decoded"):
+        ImageFiles.of(Paths([tmp_path / "bomb.png"]), 16).decode(0)
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"run\.json"):
+        load_run(str(tmp_path))
+    (tmp_path / "laughs.yaml").write_text("a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nruns: *b\n")
+    with pytest.raises(ParameterError, match="is not a study"):
+        expand_study(tmp_path / "laughs.yaml")
+
+
+def test_nothing_in_a_checkpoint_or_a_study_is_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path(tmp_path / "was_here").touch, ())
+
+    torch.save({"a": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(DataError, match="cannot be read as weights"):
+        read_weights(tmp_path / "evil.pth")
+    (tmp_path / "evil.yaml").write_text(f"runs: !!python/object/apply:os.mkdir ['{tmp_path}/was_here']\n")
+    with pytest.raises(ParameterError, match="YAML"):
+        expand_study(tmp_path / "evil.yaml")
+    assert not (tmp_path / "was_here").exists()
+    assert zipfile.is_zipfile(tmp_path / "evil.pth")
+
+
+def test_nothing_is_fetched_at_import():
+    import subprocess
+    import sys
+    code = "import socket\ndef no(*a, **k): raise SystemExit('the network was asked for')\nsocket.socket.connect = socket.create_connection = socket.getaddrinfo = no\nimport pkgutil, importlib, wlsft\nfor m in pkgutil.iter_modules(wlsft.__path__): importlib.import_module('wlsft.' + m.name)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
