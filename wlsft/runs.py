@@ -99,10 +99,11 @@ def load_run(
         raise ParameterError(f"run = {name!r} is not known; allowed: {', '.join(known) or 'none yet'}")
     try: info = json.loads((folder / "run.json").read_text())
     except (ValueError, RecursionError) as e: raise DataError(f"{folder / 'run.json'} cannot be read ({e})") from e
-    want = dict(encoder=str, adapter=str, blocks=list, source=str, rank=int) if isinstance(info, dict) else {}
-    told = info.get("parameters") if want else None
+    told = info.get("parameters") if isinstance(info, dict) else None
+    replay = dict(source=str, rank=int) if isinstance(told, dict) and told.get("adapter") == "token-replay" else {}
+    want = dict(encoder=str, adapter=str, **(dict(blocks=list) if replay or isinstance(told, dict) and told.get("adapter") == "film" else {}), **replay)
     if not isinstance(told, dict) or not isinstance(info.get("encoder_digest"), str) or any(not isinstance(told.get(k), t) for k, t in want.items()):
-        raise DataError(f"{folder / 'run.json'} is not the record of a run: it should have `encoder_digest`, and `parameters` with {', '.join(want) or 'encoder, adapter'}")
+        raise DataError(f"{folder / 'run.json'} is not the record of a run: it should have `encoder_digest`, and `parameters` with {', '.join(want)}")
     try: saved = load_file(folder / "theta.safetensors")
     except Exception as e: raise DataError(f"{folder / 'theta.safetensors'} is missing or cut short ({e})") from e
     return _rebuild(folder.name, info, saved, root)
