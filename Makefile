@@ -40,7 +40,7 @@ bench: setup
 docs: setup
 	rm -rf _proc _docs && nbdev_proc_nbs && cp -r figures _proc/
 	if command -v quarto >/dev/null; then quarto render _proc --no-execute; else smalldocs render _proc --quiet; fi
-	mv _proc/_docs _docs && mkdir -p _docs/figures && cp -r figures/explorer _docs/figures/ && python -c "from wlsft.site import finish_site; finish_site('_docs', '_proc', 'https://wlsft.github.io/wlsft')"
+	mv _proc/_docs _docs && mkdir -p _docs/figures && cp -r figures/explorer _docs/figures/ && python -c "from nbdev.config import get_config; from wlsft.site import finish_site; c = get_config(); finish_site('_docs', '_proc', c.doc_host + c.doc_baseurl)"
 	@echo "open _docs/index.html"
 
 readme: setup

@@ -43,8 +43,9 @@ def replay_sites(
                              "in every stage (ResNet, RegNet, EfficientNet, MobileNet and their kin): these two can be adapted")
     return found
 
+# %% ../nbs/01_adapters.ipynb #e59ab453
 def block_names(
-    encoder: Encoder,   # a timm model
+    encoder: Encoder,     # a timm model
     blocks: Sequence[int] # indices of sites; empty: all
 ) -> list[str]:
     "Names of the chosen sites; a `ParameterError` if an index is out of range."
@@ -69,7 +70,7 @@ def _apply_film(module, args, out): return module.film(out)
 
 # %% ../nbs/01_adapters.ipynb #c8d1c525
 def film_slots(
-    encoder: Encoder, blocks: Sequence[int] = () # a timm model; indices of sites, empty for all
+    encoder: Encoder, blocks: Sequence[int] = ()   # a timm model; indices of sites, empty for all
 ) -> dict[str, tuple[Any, Any]]:                   # norm's name -> (norm, the module whose output is modulated)
     "Every LayerNorm of the chosen ViT blocks, or every BatchNorm of the chosen CNN stages."
     names, found = block_names(encoder, blocks), dict[str, tuple[Any, Any]]()
@@ -83,9 +84,9 @@ def film_slots(
 
 # %% ../nbs/01_adapters.ipynb #35b39f54
 def add_film(
-    encoder: Encoder,        # changed in place
+    encoder: Encoder,          # changed in place
     blocks: Sequence[int] = () # indices of sites; empty: all
-) -> Encoder:                # `encoder`
+) -> Encoder:                  # `encoder`
     "Put a `FiLM` behind every norm of the chosen blocks."
     for norm, slot in film_slots(encoder, blocks).values():
         if hasattr(slot, "film"): raise ParameterError("this encoder has FiLM already")
@@ -196,7 +197,7 @@ def make_memory(
 
 # %% ../nbs/01_adapters.ipynb #275a6e11
 def site_widths(
-    encoder: Encoder # a timm model
+    encoder: Encoder   # a timm model
 ) -> dict[str, int]:   # site -> D
     "Width of the tokens that enter each site, from one blank image."
     image = torch.zeros(1, *encoder.pretrained_cfg["input_size"], dtype=torch.uint8)
@@ -207,12 +208,12 @@ def _apply_replay(module, args): return (module.replay(args[0]), *args[1:])
 def _keep_tokens(module, args): module.__dict__["kept"] = as_tokens(args[0])
 
 def add_token_replay(
-    encoder: Encoder,                       # changed in place
+    encoder: Encoder,                         # changed in place
     memories: dict[str, torch.Tensor | None], # site -> (m, D), or None for the tokens of the site before
     rank: int = 64, heads: int = 4,           # see `TokenReplay`
     learned: bool = False,                    # is the memory trained?
     seed: int = 0                             # of the new weights
-) -> Encoder:                               # `encoder`
+) -> Encoder:                                 # `encoder`
     "Attach a `TokenReplay` at each named site. The first site has none before it, so `depth` cannot start there."
     sites, widths = replay_sites(encoder), site_widths(encoder)
     order = list(sites)
@@ -233,12 +234,12 @@ def add_token_replay(
 ADAPTERS = ("full", "film", "token-replay")
 
 def adapt(
-    encoder: Encoder, adapter: str,             # changed in place; one of `ADAPTERS`
+    encoder: Encoder, adapter: str,               # changed in place; one of `ADAPTERS`
     images: torch.Tensor | ImageFiles,            # uint8 (N, 3, H, W), recorded from for token replay
     blocks: Sequence[int] = (),                   # sites; empty: all for FiLM, the last two thirds for token replay
     source: str = "recorded", memory: int = 64,   # what is replayed, and how many tokens
     rank: int = 64, heads: int = 4, seed: int = 0 # bottleneck; heads; of memory and new weights
-) -> Encoder:                                   # `encoder`; `requires_grad` says what trains
+) -> Encoder:                                     # `encoder`; `requires_grad` says what trains
     "Attach `adapter` and freeze the rest. BatchNorm statistics are never among what trains."
     check_choice("adapter", adapter, ADAPTERS); check_choice("source", source, SOURCES)
     check_range("rank", rank, heads, 4096, integer=True)

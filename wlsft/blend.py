@@ -39,7 +39,7 @@ def interpolate(
 
 # %% ../nbs/05_blend.ipynb #f1da4ff2
 def leading_steps(
-    encoder: Encoder, changed: Sequence[str] # a timm model; names of its tensors
+    encoder: Encoder, changed: Sequence[str]   # a timm model; names of its tensors
 ) -> list[nn.Module]:                          # modules, in order
     "Children of the encoder (of a sequence: its members) before the first that holds a changed tensor, or a hook that must see every call; none if the encoder's own tensors change."
     if any("." not in k for k in changed): return []
@@ -71,7 +71,7 @@ def remembered(steps: Sequence[nn.Module]) -> Iterator[None]:
 class Blend(Encoder):
     "An encoder at many alphas at once."
     def __init__(self,
-        encoder: Encoder,                 # at theta_0
+        encoder: Encoder,                   # at theta_0
         theta_1: dict[str, torch.Tensor],   # fine-tuned; the same keys
         alphas: Sequence[float]             # A values in [0, 1]
     ):
@@ -111,7 +111,7 @@ def node_weights(nodes: Sequence[float], alphas: Sequence[float]) -> torch.Tenso
     return torch.from_numpy(BarycentricInterpolator(nodes, np.eye(len(nodes)))(np.asarray(alphas, float))).float()
 
 def node_error(
-    encoder: Encoder, theta_1: dict[str, torch.Tensor], # see `Blend`
+    encoder: Encoder, theta_1: dict[str, torch.Tensor],   # see `Blend`
     images: torch.Tensor | ImageFiles, n: int,            # a few; nodes
     bf16: bool = False                                    # see `embed`
 ) -> float:                                               # relative to the features' length
@@ -133,8 +133,9 @@ class Along:
         for w, v in zip(self.weights[i, 1:], self.values[1:]): out.add_(v, alpha=w.item())
         return out
 
+# %% ../nbs/05_blend.ipynb #3714ac53
 def features_along(
-    encoder: Encoder, theta_1: dict[str, torch.Tensor], # at theta_0; see `Blend`
+    encoder: Encoder, theta_1: dict[str, torch.Tensor],   # at theta_0; see `Blend`
     alphas: Sequence[float], images: torch.Tensor | ImageFiles, # A values in [0, 1]; N images
     tolerance: float = 0.0,                               # 0: every alpha; else see `node_error`
     path: str | Path | None = None,                       # keep them there, .npy, and resume; None: nowhere

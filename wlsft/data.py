@@ -198,7 +198,8 @@ def random_views(
     angle: float = 0.2,                         # largest turn, radians
     total: int = 0, part: slice = slice(None)   # if `images` are rows `part` of a batch of `total`: their views are those of the whole batch
 ) -> torch.Tensor:                              # float32 (N, 3, size, size) in [0, 1], where the images are
-    "One random view of each image; outside the image is white."
+    "One random view of each image; outside the image is white. Without a turn, views stay inside."
     matrix = random_affine(total or len(images), g, scale=scale, angle=angle)[part].to(images.device)
     grid = F.affine_grid(matrix, [len(images), 3, size, size], align_corners=False)
-    return random_colour(1 - F.grid_sample(1 - images.float() / 255, grid, align_corners=False), g, strength=strength, gray=gray, total=total, part=part)
+    inside = F.grid_sample(1 - images.float() / 255, grid, align_corners=False, padding_mode="zeros" if angle else "border")
+    return random_colour(1 - inside, g, strength=strength, gray=gray, total=total, part=part)

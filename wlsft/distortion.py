@@ -26,7 +26,7 @@ def linear_cka(
 # %% ../nbs/04_distortion.ipynb #d3374234
 @torch.no_grad()
 def block_features(
-    encoder: Encoder, images: torch.Tensor, # a timm model; uint8 (N, 3, H, W)
+    encoder: Encoder, images: torch.Tensor,   # a timm model; uint8 (N, 3, H, W)
     batch_size: int = 64
 ) -> dict[str, torch.Tensor]:                 # site -> float32 (N, D), in order of depth; the last is `feature`
     "Mean over tokens of what enters each site, and the encoder's feature; the encoder stays as it was."

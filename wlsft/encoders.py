@@ -104,7 +104,7 @@ def load_encoder(
 
 # %% ../nbs/01_encoders.ipynb #ec49e978
 def prepare(
-    encoder: Encoder,   # a timm model
+    encoder: Encoder,     # a timm model
     images: torch.Tensor  # (N, 3, H, W): uint8, or float in [0, 1]
 ) -> torch.Tensor:        # float32 (N, 3, h, w), normalised
     "Images as the encoder wants them: its size (bicubic, antialiased), its mean and standard deviation."

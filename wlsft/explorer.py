@@ -10,7 +10,7 @@ __all__ = ['RIGHT', 'WRONG', 'answers_at', 'changed', 'figure_neighbours', 'near
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 from .adapters import as_tokens
 from .encoders import Encoder, prepare
+from .figures import LOOK
 from .files import decoded
 from .profile import Walk
 
@@ -33,7 +34,7 @@ def changed(w: Walk) -> pd.DataFrame:
     parts = []
     for split in ("ID", "OOD"):
         for name in w.named(split):
-            truth = w.suite.view.get(name, torch.arange(len(w.suite.classes)))[w.suite.labels[w.suite.sets[name]]]
+            truth = w.labels(name, w.suite.sets[name])
             first, last = (answers_at(w, name, i)[0] == truth for i in (0, len(w.alphas) - 1))
             parts.append(pd.DataFrame(dict(split=split, set=name, place=range(len(truth)), before=first.numpy(), after=last.numpy())))
     return pd.concat(parts, ignore_index=True)
@@ -48,6 +49,7 @@ def _show(ax: plt.Axes, image: torch.Tensor, right: bool | None = None) -> None:
     for s in ax.spines.values(): s.set(visible=True, color=colour, linewidth=1.0 if right is None else 2.2)
     if mark: ax.text(0.02, 0.98, mark, transform=ax.transAxes, color=colour, fontsize=7, va="top", weight="bold", bbox=dict(boxstyle="square,pad=0.1", fc="white", ec="none"))
 
+# %% ../nbs/09_explorer.ipynb #d2b23dcc
 def figure_neighbours(
     w: Walk, picks: Sequence[tuple[str, int]],      # see `walk`; queries as (set, place in the set), one row each
     at: Sequence[int] = (0, -1), n: int = 5         # which alphas; neighbours shown
@@ -58,22 +60,22 @@ def figure_neighbours(
     fig, axes = plt.subplots(len(picks), len(wide), figsize=(0.62 * sum(wide), 0.86 * len(picks) + 0.1), squeeze=False, gridspec_kw=dict(width_ratios=wide, wspace=0.08, hspace=0.45))
     fig.subplots_adjust(left=0.05, right=0.995, bottom=0.01, top=1 - 0.27 / fig.get_figheight())
     for row, (name, place) in zip(axes, picks):
-        q = int(s.sets[name][place])
-        see = s.view.get(name, torch.arange(len(s.classes)))
-        _show(row[0], s.images[torch.tensor([q])][0])
-        row[0].set_title(f"{s.classes[see[s.labels[q]]]}\n({name})", fontsize=6, pad=2)
+        q = s.sets[name][place]
+        truth = w.labels(name, q)
+        _show(row[0], s.images[q[None]][0])
+        row[0].set_title(f"{s.classes[truth]}\n({name})", fontsize=6, pad=2)
         for j, i in enumerate(at):
             cells, (answer, share) = row[1 + j * (n + 1):][:n + 1], (a[place] for a in answers_at(w, name, i))
             cells[0].axis("off")
-            for ax, b in zip(cells[1:], w.found[name][i, place, :n]): _show(ax, s.images[b[None]][0], bool(see[s.labels[b]] == see[s.labels[q]]))
-            verdict = RIGHT if answer == see[s.labels[q]] else WRONG
+            for ax, b in zip(cells[1:], w.found[name][i, place, :n]): _show(ax, s.images[b[None]][0], bool(w.labels(name, b) == truth))
+            verdict = RIGHT if answer == truth else WRONG
             cells[1].set_title(rf"$\alpha$ = {w.alphas[i]:.1f}: {s.classes[answer]} ({share:.0%}) {verdict[1]}", fontsize=6.5, loc="left", pad=2, color=verdict[0])
     return fig
 
 # %% ../nbs/09_explorer.ipynb #1c3c930f
 @torch.inference_mode()
 def nearest_places(
-    encoder: Encoder, images: torch.Tensor,  # at `theta_0`; uint8 (N, 3, H, W)
+    encoder: Encoder, images: torch.Tensor,    # at `theta_0`; uint8 (N, 3, H, W)
     site: str, memory: torch.Tensor,           # name of a module; (m, D) tokens of its input
     n: int = 6                                 # places shown for each token, at most N
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]: # images (m, n); place in the grid (m, n), -1: no place (a CLS token); the grid's rows and columns
@@ -93,6 +95,7 @@ def nearest_places(
     near = distance.topk(n, dim=0, largest=False).indices
     return near.T, place.gather(0, near).T.clamp(min=-1), (grid[0], grid[1])
 
+# %% ../nbs/09_explorer.ipynb #44810b6c
 def figure_memory(images: torch.Tensor, near: torch.Tensor, place: torch.Tensor, grid: tuple[int, int]) -> plt.Figure:
     "One row a token: the images nearest to it, the place framed."
     fig, axes = plt.subplots(*near.shape, figsize=(0.72 * near.shape[1], 0.72 * near.shape[0]), squeeze=False, gridspec_kw=dict(wspace=0.08, hspace=0.08))
@@ -105,29 +108,36 @@ def figure_memory(images: torch.Tensor, near: torch.Tensor, place: torch.Tensor,
     return fig
 
 # %% ../nbs/09_explorer.ipynb #761494a6
+def _sheet(images: Sequence[torch.Tensor], tile: int, across: int) -> str:
+    "Images as tiles of one WebP, row by row, as a data address."
+    sheet = Image.new("RGB", (across * tile, -(-len(images) // across) * tile), "white")
+    for j, x in enumerate(images): sheet.paste(Image.fromarray(x.permute(1, 2, 0).numpy()).resize((tile, tile), Image.Resampling.LANCZOS), (j % across * tile, j // across * tile))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "WEBP", quality=82, method=6)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+def _along(w: Walk, name: str, place: int, n: int, tile_of: Callable[[torch.Tensor], int]) -> list[dict]:
+    "One query at every alpha: the vote, and its neighbours as (tile, right)."
+    truth, out = w.labels(name, w.suite.sets[name][place]), []
+    for i in range(len(w.alphas)):
+        answer, share = (a[place] for a in answers_at(w, name, i))
+        near = [[tile_of(b), int(w.labels(name, b) == truth)] for b in w.found[name][i, place, :n]]
+        out.append(dict(answer=w.suite.classes[answer], share=round(100 * share.item()), right=bool(answer == truth), near=near))
+    return out
+
+# %% ../nbs/09_explorer.ipynb #0c722d1f
 def explorer_data(
     walks: Mapping[str, Walk], curves: Mapping[str, pd.DataFrame], # of the same suite and alphas, by the run's name; from `profile`
     picks: Sequence[tuple[str, int]], n: int = 8, tile: int = 48   # queries as (set, place); neighbours; pixels an image
 ) -> dict:
-    "Everything the page shows, as JSON would have it; images are tiles of one WebP."
-    any_walk = next(iter(walks.values()))
-    s, order = any_walk.suite, dict[int, int]()
-    at = lambda row: order.setdefault(int(row), len(order))
-    queries = [dict(set=name, label=s.classes[int(s.view.get(name, torch.arange(len(s.classes)))[s.labels[s.sets[name][p]]])], tile=at(s.sets[name][p])) for name, p in picks]
-    def one(w: Walk, name: str, p: int) -> list:
-        see, out = s.view.get(name, torch.arange(len(s.classes))), []
-        truth = see[s.labels[s.sets[name][p]]]
-        for i in range(len(w.alphas)):
-            answer, share = (a[p].item() for a in answers_at(w, name, i))
-            out.append(dict(answer=s.classes[int(answer)], share=round(100 * share), right=bool(answer == truth), near=[[at(b), int(see[s.labels[b]] == truth)] for b in w.found[name][i, p, :n]]))
-        return out
-    runs = {r: dict(queries=[one(w, *p) for p in picks], curves={m: {g: t[["value", "low", "high"]].round(2).to_numpy().tolist() for g, t in curves[r][curves[r].metric == m].groupby("set") if g in ("ID", "OOD")} for m in ("accuracy", "change")}) for r, w in walks.items()}
-    across, rows = 24, s.images[torch.tensor(list(order))]
-    sheet = Image.new("RGB", (across * tile, -(-len(order) // across) * tile), "white")
-    for j, x in enumerate(rows): sheet.paste(Image.fromarray(x.permute(1, 2, 0).numpy()).resize((tile, tile), Image.Resampling.LANCZOS), (j % across * tile, j // across * tile))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "WEBP", quality=82, method=6)
-    return dict(alphas=any_walk.alphas, suite=s.name, queries=queries, runs=runs, tile=tile, across=across, sheet="data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode())
+    "Everything the page shows, as JSON would have it."
+    w, order, across = next(iter(walks.values())), dict[int, int](), 24
+    tile_of = lambda row: order.setdefault(int(row), len(order))
+    queries = [dict(set=s, label=w.suite.classes[w.labels(s, w.suite.sets[s][p])], tile=tile_of(w.suite.sets[s][p])) for s, p in picks]
+    curve = lambda t: {s: g[["value", "low", "high"]].round(2).to_numpy().tolist() for s, g in t.groupby("set") if s in LOOK}
+    runs = {r: dict(queries=[_along(v, *p, n, tile_of) for p in picks], curves={m: curve(curves[r][curves[r].metric == m]) for m in ("accuracy", "change")}) for r, v in walks.items()}
+    sheet = _sheet(w.suite.images[torch.tensor(list(order))], tile, across)
+    return dict(alphas=w.alphas, suite=w.suite.name, queries=queries, runs=runs, tile=tile, across=across, sheet=sheet)
 
 # %% ../nbs/09_explorer.ipynb #db9ba6c7
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>wlsft: the alpha explorer</title><link rel="icon" href="data:,">
@@ -182,6 +192,7 @@ D.queries.forEach((Q, k) => { const b = document.createElement("button"); b.appe
 $("alpha").max = A.length - 1; $("alpha").value = 0; $("alpha").oninput = draw; $("run").onchange = (e) => { run = e.target.value; draw(); }; draw();
 """
 
+# %% ../nbs/09_explorer.ipynb #8e6c477f
 def explorer_page(
     data: dict,      # from `explorer_data`
     drawn: str = ""  # a sentence on how the queries were drawn

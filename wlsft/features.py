@@ -75,7 +75,7 @@ def _walk(encoder: Encoder, images: torch.Tensor | ImageFiles, batch_size: int, 
     finally: encoder.train(mode)
 
 def embed(
-    encoder: Encoder, images: torch.Tensor | ImageFiles, # a timm model; N images, uint8
+    encoder: Encoder, images: torch.Tensor | ImageFiles,   # a timm model; N images, uint8
     batch_size: int = 64, bf16: bool = False,              # images a forward pass; half precision inside
     workers: int | None = None                             # see `decoded`
 ) -> torch.Tensor:                                         # float32 (N, D) on the CPU, not normalised
@@ -84,7 +84,7 @@ def embed(
 
 # %% ../nbs/03_features.ipynb #840849e3
 def extract(
-    encoder: Encoder, images: torch.Tensor | ImageFiles, # as for `embed`
+    encoder: Encoder, images: torch.Tensor | ImageFiles,   # as for `embed`
     path: str | Path,                                      # the array, .npy; if it is there, it is read
     batch_size: int = 64, bf16: bool = False, workers: int | None = None, every: int = 50 # see `embed`; batches between notes
 ) -> torch.Tensor:                                         # float32 (N, D), mapped

@@ -151,25 +151,27 @@ def chosen_alpha(t: pd.DataFrame, by: str = "VAL") -> pd.Series:
     val = t[t["set"] == by].assign(v=lambda d: d.draws.map(lambda a: a[0])).sort_values([*KEY[:3], "v", "alpha"], ascending=[True] * 3 + [False, True])
     return val.groupby(KEY[:3]).alpha.first()
 
+def _curves(ax: plt.Axes, d: pd.DataFrame, look: dict, best: float) -> None:
+    "One cell: a line and a band a set, the alpha `best` marked open."
+    for s, (colour, mark, line) in look.items():
+        g = d[d["set"] == s]
+        ax.plot(g.alpha, g.value, color=colour, ls=line, marker=mark, ms=3.5, label=s if s != "worst" else f"{s} style")
+        ax.fill_between(g.alpha, g.low, g.high, color=colour, alpha=0.13, lw=0)
+        ax.plot(g.alpha[g.alpha == best], g.value[g.alpha == best], mark, mfc="white", mec=colour, ms=6)
+
+# %% ../nbs/09_figures.ipynb #a7afb9ff
 def figure_alpha(t: pd.DataFrame, cells: Sequence = CELLS, change: bool = False) -> tuple[plt.Figure, pd.DataFrame]:
     "k-NN accuracy against alpha, ID and OOD mean, one panel a cell (adapter, corpus), one row an encoder; as paired `change`, also the worst OOD set."
-    worst, t0 = worst_set(t), t
+    look, worst, best = {**LOOK, **(WORST if change else {})}, worst_set(t), chosen_alpha(t)
     if change: t = pd.concat([differences(t), differences(t[[s == worst[e] for e, s in zip(t.encoder, t["set"])]]).assign(set="worst")])
-    look = {**LOOK, **(WORST if change else {})}
     d = with_interval(t[t["set"].isin(look)])
     d = prefer(d, [c in cells for c in zip(d.adapter, d.corpus)])
-    encoders, best = sorted(set(d.encoder)), chosen_alpha(t0)
-    present = set(zip(d.adapter, d.corpus))
+    encoders, present = sorted(set(d.encoder)), set(zip(d.adapter, d.corpus))
     cells = [c for c in cells if c in present] or sorted(present)
     fig, axes = plt.subplots(len(encoders), len(cells), figsize=(2.05 * len(cells) + 0.3, 2.2 * len(encoders) + 0.2), sharex=True, sharey="row", squeeze=False, layout="constrained")
     for (i, enc), (j, (adapter, corpus)) in itertools.product(enumerate(encoders), enumerate(cells)):
         ax, own = axes[i, j], d[(d.encoder == enc) & (d.adapter == adapter) & (d.corpus == corpus)].sort_values("alpha")
-        for s, (colour, mark, line) in look.items():
-            g = own[own["set"] == s]
-            ax.plot(g.alpha, g.value, color=colour, ls=line, marker=mark, ms=3.5, label=s if s != "worst" else f"{s} style")
-            ax.fill_between(g.alpha, g.low, g.high, color=colour, alpha=0.13, lw=0)
-            g = g[g.alpha == best.get((enc, corpus, adapter), -1)]
-            ax.plot(g.alpha, g.value, mark, mfc="white", mec=colour, ms=6)
+        _curves(ax, own, look, best.get((enc, corpus, adapter), -1))
         if own.empty: ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", color="0.5")
         if change: ax.axhline(0, color="0.6", lw=0.8, zorder=0)
         if i == 0: ax.set_title(label_of(adapter, corpus).replace(", ", "\non "))
@@ -177,7 +179,6 @@ def figure_alpha(t: pd.DataFrame, cells: Sequence = CELLS, change: bool = False)
         if j == 0: ax.set_ylabel(f"{enc}\n" + ("change (points)" if change else "k-NN accuracy (%)"))
     axes[0, 0].legend(loc="best", handlelength=1.8)
     return fig, d
-
 
 # %% ../nbs/09_figures.ipynb #982ec5f6
 def selected(t: pd.DataFrame) -> pd.DataFrame:

@@ -27,7 +27,7 @@ from .losses import COLLISIONS, collided, contrastive_loss, everyone, prompt_tem
 from .lp_ft import class_objective, classifier_name, train_classifier
 from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
-from .study import ParameterError, check_choice, check_range, parse_value, progress, with_defaults
+from .study import ParameterError, check_choice, check_parameters, check_range, check_values, parse_value, progress, with_defaults
 from .features import embed, own, pick_device, processes
 from .files import ImageFiles, decoded
 from .suites import check_suite, load_training
@@ -61,8 +61,7 @@ FLYP = dict(method="FLYP", encoder="clip_emojishift", adapter="full", source="re
 def check_flyp(p: dict) -> None:
     "Refuse a wrong value of any parameter of this chapter before work starts."
     check_choice("method", p["method"], METHODS); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("collisions", p["collisions"], COLLISIONS); check_suite(p["suite"])
-    for name, low, high in (("epochs", 1, 10_000), ("batch_size", 2, 65_536), ("micro", 0, 65_536), ("strengths", 1, 1000), ("seed", 0, 2**31 - 1)): check_range(name, p[name], low, high, integer=True)
-    for name, most in (("lr", 10.0), ("weight_decay", 10.0), ("l2", 1e6)): check_range(name, p[name], 0, most)
+    check_values(check_parameters(p, FLYP)); check_range("batch_size", p["batch_size"], 2, 65_536, integer=True)
     if p["method"] == "LP" and p["adapter"] != "full": raise ParameterError(f"adapter = {p['adapter']!r} has nothing to do with method = 'LP'; leave it at 'full'")
 
 def image_text_name(params: dict, root: str | Path = "") -> str:

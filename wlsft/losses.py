@@ -123,7 +123,7 @@ def everyone(
 
 # %% ../nbs/02_losses.ipynb #dffe6d35
 def answers(
-    encoder: Encoder,               # a timm model, adapted or not
+    encoder: Encoder,                 # a timm model, adapted or not
     memories: dict[str, torch.Tensor] # site -> (m, D)
 ) -> dict[str, torch.Tensor]:
     "What each site answers to its memory: a ViT block reads it as one sequence, a CNN block as m images of one position."
@@ -131,7 +131,7 @@ def answers(
     return {n: sites[n](m[None]) if is_vit_block(sites[n]) else sites[n](m[:, :, None, None]) for n, m in memories.items()}
 
 def replay_consistency(
-    encoder: Encoder, memories: dict[str, torch.Tensor], # see `answers`
+    encoder: Encoder, memories: dict[str, torch.Tensor],   # see `answers`
     frozen: dict[str, torch.Tensor]                        # `answers` before tuning
 ) -> torch.Tensor:                                         # a scalar
     "Mean over sites of the mean squared change of the answers."

@@ -19,7 +19,7 @@ from .suites import check_suite, load_training
 from .encoders import load_encoder
 from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
-from .study import check_choice, check_range, with_defaults
+from .study import check_choice, check_parameters, check_range, check_values, with_defaults
 from .features import embed, pick_device, processes
 from .train import LOOP, finetune
 
@@ -36,8 +36,7 @@ CLASSIFIER = dict(method="LP-FT", encoder="vit_tiny_emojishift", adapter="full",
 def check_classifier(p: dict) -> None:
     "Refuse a wrong value of any parameter of this chapter before work starts."
     check_choice("method", p["method"], METHODS); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("batch_norm", p["batch_norm"], ["frozen", "running"]); check_suite(p["suite"])
-    for name, low, high in (("epochs", 1, 10_000), ("batch_size", 2, 65_536), ("strengths", 1, 1000), ("seed", 0, 2**31 - 1)): check_range(name, p[name], low, high, integer=True)
-    for name in ("lr", "head_lr", "weight_decay"): check_range(name, p[name], 0, 10)
+    check_values(check_parameters(p, CLASSIFIER)); check_range("batch_size", p["batch_size"], 2, 65_536, integer=True)
 
 def classifier_name(params: dict, root: str | Path = "") -> str:
     "Readable front and a hash of parameters, code and data."

@@ -162,6 +162,7 @@ def own_pairs(corpus: str, n: int, seed: int, size: int, cache: str | Path) -> P
     for p, t in zip(source.paths, texts): said[place[p]].append(t)
     return take(name, Paths(list(place)), said, np.arange(len(place)), np.random.default_rng(seed).permutation(len(place)), n, size, cache, lost)
 
+# %% ../nbs/00_pairs.ipynb #de0a5d17
 _READERS = dict(imagenet20k=("imagenet/train", imagenet_pairs), cc20k=("cc3m", cc_pairs), coco10k=("coco/annotations", coco_pairs))
 
 def load_pairs(

@@ -37,15 +37,22 @@ class Walk:
     def features(self, i: int, rows: torch.Tensor) -> torch.Tensor:
         "Features `(n, D)` of some of the suite's images at the i-th alpha."
         return self.along[i][torch.searchsorted(self.rows, rows)]
+    def labels(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        "What the suite's images `rows` are to a set (`Suite.view`); any shape."
+        return self.suite.view.get(name, torch.arange(len(self.suite.classes)))[self.suite.labels[rows]]
+    def votes(self, i: int, name: str, ks: Sequence[int], temperature: float) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+        "Shares of the vote `(Q, C)` for each k of a set's queries at the i-th alpha, and the queries' labels `(Q,)`."
+        found = knn_votes(self.cosines[name][i], self.labels(name, self.found[name][i]), len(self.suite.classes), ks, temperature)
+        return found, self.labels(name, self.suite.sets[name])
     def shares(self, i: int, name: str, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        "Shares of the vote `(Q, C)` of a set's queries at the i-th alpha, and their labels `(Q,)`."
-        see = self.suite.view.get(name, torch.arange(len(self.suite.classes)))
-        labels = see[self.suite.labels[self.found[name][i]]]
-        return knn_votes(self.cosines[name][i], labels, len(self.suite.classes), [k], temperature)[k], see[self.suite.labels[self.suite.sets[name]]]
+        "`votes` for one k."
+        found, labels = self.votes(i, name, [k], temperature)
+        return found[k], labels
     def named(self, split: str) -> list[str]:
         "The reported sets of a split, `ID` or `OOD`."
         return [s for s in self.cosines if self.suite.shift[s] == split and s != "id-val"]
 
+# %% ../nbs/09_profile.ipynb #701e9430
 def walk(
     run: Run, suite: Suite, alphas: Sequence[float], # from `load_run`; from `load_suite`; in [0, 1]
     k: int = 200, device: str = ""                   # neighbours kept; see `pick_device`
@@ -155,12 +162,12 @@ def sweep_kt(w: Walk, ks: Sequence[int] = KS, temperatures: Sequence[float] = (0
             for t in temperatures:
                 right: dict[int, list] = {k: [] for k in ks}
                 for s in names:
-                    see = w.suite.view.get(s, torch.arange(len(w.suite.classes)))
-                    votes = knn_votes(w.cosines[s][i], see[w.suite.labels[w.found[s][i]]], len(w.suite.classes), ks, t)
-                    for k, v in votes.items(): right[k].append((v.argmax(1) == see[w.suite.labels[w.suite.sets[s]]]).float().mean().item())
+                    votes, truth = w.votes(i, s, ks, t)
+                    for k, v in votes.items(): right[k].append((v.argmax(1) == truth).float().mean().item())
                 out += [(alpha, k, t, g, 100 * np.mean(r)) for k, r in right.items()]
     return pd.DataFrame(out, columns=["alpha", "k", "temperature", "set", "value"])
 
+# %% ../nbs/09_profile.ipynb #2d44d365
 def figure_kt(t: pd.DataFrame) -> plt.Figure:
     "Change from alpha 0 to 1 for every k (columns) and T (rows), ID beside OOD; beneath it the alpha chosen on ID validation."
     fig, axes = plt.subplots(1, 2, figsize=(7.6, 2.3), sharey=True, layout="constrained")

@@ -77,7 +77,7 @@ def finish_page(
     from latex2mathml.converter import convert     # an extra: only who builds the site needs it
     text = _MATH.sub(lambda m: convert(html.unescape(m[2]), display="block" if m[1] == "display" else "inline"), _FETCHED.sub("", text))
     text = text.replace(f'href="{base}/', f'href="{up}')
-    flat = {**{Path(k).name: Path(v).name for k, v in names.items()}}
+    flat = {Path(k).name: Path(v).name for k, v in names.items()}
     text = re.sub(r'(href=")([^":#?]*/)?([^"/:#?]+\.html)', lambda m: m[1] + (m[2] or "") + flat.get(m[3], m[3]), text)
     at = {Path(k).stem: up + v for k, v in names.items()}
     link = lambda m: m[0] if m[1] or m[2] not in at else f'<a href="{at[m[2]]}"><code>{m[2]}</code></a>'

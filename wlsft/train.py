@@ -23,7 +23,7 @@ from .files import ImageFiles, decoded
 from .losses import COLLISIONS, TextTable, answers, collided, contrastive_loss, embed_texts, everyone, prompt_templates, replay_consistency
 from .pairs import check_corpus, corpus_stamp, load_pairs
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
-from .study import ParameterError, atomic_write, check_choice, check_range, progress, with_defaults
+from .study import ParameterError, atomic_write, check_choice, check_parameters, check_range, check_values, progress, with_defaults
 
 # %% ../nbs/03_train.ipynb #719348bc
 def ridge(
@@ -131,7 +131,7 @@ def average_gradients(params: list[nn.Parameter]) -> None:
     for p, mean in zip(params, (flat / processes()[1]).split([p.numel() for p in params])): p.grad = mean.view_as(p)
 
 def train_step(
-    encoder: Encoder, opt: torch.optim.Optimizer, objective: Callable, # see `optimiser` and `pair_objective`
+    encoder: Encoder, opt: torch.optim.Optimizer, objective: Callable,   # see `optimiser` and `pair_objective`
     views: torch.Tensor, pick: torch.Tensor, g: torch.Generator,         # this process's part of the batch; all its rows; the source of chance
     factor: float, micro: int = 0, bf16: bool = False                    # of the peak rates; see `in_pieces`; half precision in the encoder
 ) -> float:                                                              # the loss
@@ -151,7 +151,7 @@ def train_step(
 
 # %% ../nbs/03_train.ipynb #1b87e506
 def finetune(
-    encoder: Encoder, head: nn.Module,          # `requires_grad` says what trains; both change in place
+    encoder: Encoder, head: nn.Module,            # `requires_grad` says what trains; both change in place
     images: torch.Tensor | ImageFiles, objective: Callable, # uint8 (N, 3, H, W), or files; see `pair_objective`
     epochs: int, batch_size: int = 128,           # passes; images a step
     lr: float = 1e-3, head_lr: float = 1e-3, weight_decay: float = 0.01, # AdamW
@@ -198,8 +198,7 @@ def check_train(p: dict) -> None:
     "Refuse a wrong value of any training parameter before work starts."
     check_corpus(p["corpus"]); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("source", p["source"], SOURCES)
     check_choice("collisions", p["collisions"], COLLISIONS)
-    for name, low, high in (("epochs", 1, 10_000), ("batch_size", 2, 65_536), ("memory", 1, 65_536), ("rank", 4, 4096), ("images", 0, 10**9), ("seed", 0, 2**31 - 1)): check_range(name, p[name], low, high, integer=True)
-    for name, most in (("lr", 10.0), ("head_lr", 10.0), ("weight_decay", 10.0), ("consistency", 1e6)): check_range(name, p[name], 0, most)
+    check_values(check_parameters(p, DEFAULTS)); check_range("batch_size", p["batch_size"], 2, 65_536, integer=True)
     if p["consistency"] and (p["adapter"], p["source"]) != ("token-replay", "recorded"): raise ParameterError(f"consistency = {p['consistency']} needs adapter = 'token-replay' with source = 'recorded'")
 
 # %% ../nbs/03_train.ipynb #b6ca020b
