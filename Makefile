@@ -31,7 +31,7 @@ study: setup
 
 test: setup
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
-	pytest -q
+	OMP_NUM_THREADS=1 pytest -q -n 2
 
 bench: setup
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev,bench]'
