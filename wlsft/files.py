@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from .data import DataError
-from .study import atomic_write, check_range, digest, progress, write_json
+from .study import atomic_write, check_range, claim_room, digest, progress, write_json
 
 # %% ../nbs/00_files.ipynb #0f6834a6
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -170,7 +170,7 @@ def decode_first(
 
 def _decode_into(path: Path, files: ImageFiles, n: int, workers: int | None) -> tuple[list[int], list[str]]:
     least, n = n or 1, n or len(files)
-    out = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, files.size, files.size))
+    out = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, files.size, files.size)); claim_room(path)
     kept: list[int] = []
     lost: list[str] = []
     rows = torch.arange(len(files)).split(32) if len(files) else []

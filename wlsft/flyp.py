@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from torch.distributed.elastic.multiprocessing.errors import record
 from scipy import stats
 from torch import nn
 from .adapters import ADAPTERS, adapt, is_adapter
@@ -28,7 +29,7 @@ from .lp_ft import class_objective, classifier_name, train_classifier
 from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
 from .study import ParameterError, check_choice, check_parameters, check_range, check_values, parse_value, progress, with_defaults
-from .features import embed, own, pick_device, processes
+from .features import claimed, embed, own, pick_device, processes
 from .files import ImageFiles, decoded
 from .suites import check_suite, load_training
 from .train import DEFAULTS as TEXT, finetune, in_pieces, optimiser, run_name, schedule, train_run, train_step
@@ -103,9 +104,14 @@ def train_image_text(
     "Tune an image-text model on the ID training images of a suite, resuming or skipping as the folder allows."
     p = with_defaults(params, FLYP)
     check_flyp(p)
-    folder, start = runs_folder(runs) / image_text_name(p, root), time.time()
-    if (folder / "run.json").is_file(): return folder
-    model = cast(ImageText, load_encoder(p["encoder"], root).to(pick_device(device)))
+    folder = runs_folder(runs) / image_text_name(p, root)
+    with claimed(folder / ".lock", folder / "run.json") as missing:
+        if missing: _train(p, folder, root, device)
+    return folder
+
+def _train(p: dict, folder: Path, root: str | Path, device: str) -> None:
+    "All of `train_image_text` that takes time."
+    start, model = time.time(), cast(ImageText, load_encoder(p["encoder"], root).to(pick_device(device)))
     base, (suite, rows, images, views) = weights_digest(model), load_training(p["suite"], model, root)
     names, labels = [c.replace("-", " ") for c in suite.classes], suite.labels[rows]
     zero = zero_shot_head(model, names, prompt_templates())
@@ -121,8 +127,6 @@ def train_image_text(
     if p["method"] != "LP": history = finetune(model, head, images, objective, p["epochs"], p["batch_size"], p["lr"], p["lr"], decay, p["seed"], folder / "state.pt", p["micro"], p["bf16"], views)
     info = dict(parameters={**p, "corpus": f"{p['suite']}-{'prompts' if p['method'] == 'FLYP' else 'labels'}"}, name=folder.name, history=history, encoder_digest=base, images=len(images), probe_strength=strength, **provenance(model, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
     if processes()[0] == 0: save_run(folder, before, model.state_dict(), info, ({}, {}) if p["method"] == "FLYP" else (dict(zero, weight=zero["weight"] * before["clip.logit_scale"].exp().cpu()), head.state_dict()))
-    if processes()[1] > 1: torch.distributed.barrier()
-    return folder
 
 # %% ../nbs/07_flyp.ipynb #71d75dee
 def chapter_of(params: dict) -> str:
@@ -144,13 +148,19 @@ def main(
     p = {k: parse_value(v) for k, v in parser.parse_args(argv).p}
     where = dict(runs=p.pop("runs", ""), root=p.pop("data", ""), device=p.pop("device", ""))
     p.pop("study", None)
-    together = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if together: torch.distributed.init_process_group("nccl" if torch.cuda.is_available() and where["device"] != "cpu" else "gloo")
     train = {"03_train": train_run, "06_lp_ft": train_classifier, "07_flyp": train_image_text}[chapter_of({"encoder": TEXT["encoder"], **p})]
-    try: print(train(p, **where)) if processes()[0] == 0 else train(p, **where)
-    except ParameterError as e: raise SystemExit(f"wlsft-train: {e}") from e
-    finally:
-        if together: torch.distributed.destroy_process_group()
+    together = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if together: _meet(where["device"])
+    try: folder = (record(train) if together else train)(p, **where)                 # torchrun's last words then have the message
+    except (ParameterError, OSError) as e: raise SystemExit(f"wlsft-train: {e}") from e
+    if processes()[0] == 0: print(folder)
+    if together: torch.distributed.destroy_process_group()
+
+def _meet(device: str) -> None:
+    "Join the other processes of `torchrun`."
+    import os
+    gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() and device != "cpu" else None
+    torch.distributed.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
 
 # %% ../nbs/07_flyp.ipynb #58f2f834
 def draw_shots(suite: Suite, classes: Sequence[int], shots: int, draw: int) -> tuple[torch.Tensor, torch.Tensor]:

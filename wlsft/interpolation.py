@@ -66,7 +66,7 @@ def alpha_sweep(
     rows = pd.concat(parts, ignore_index=True).assign(study=study, run=run.name, corpus=p["corpus"], encoder=p["encoder"], seed=p["seed"], lr=p["lr"], **method_names(p))
     if path and processes()[0] == 0:
         write_rows(rows, path.with_suffix(".parquet"))
-        for f in path.parent.glob(f"{path.stem}*.npy"): f.unlink()
+        for f in path.parent.glob(f"{path.stem}*.npy"): f.unlink(missing_ok=True)
     return rows
 
 # %% ../nbs/05_interpolation.ipynb #0920a375

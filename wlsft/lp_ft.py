@@ -20,7 +20,7 @@ from .encoders import load_encoder
 from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
 from .study import check_choice, check_parameters, check_range, check_values, with_defaults
-from .features import embed, pick_device, processes
+from .features import claimed, embed, pick_device, processes
 from .train import LOOP, finetune
 
 # %% ../nbs/06_lp_ft.ipynb #f84cdfe1
@@ -51,9 +51,14 @@ def train_classifier(
     "FT or LP-FT on the ID training images of a suite, resuming or skipping as the folder allows."
     p = with_defaults(params, CLASSIFIER)
     check_classifier(p)
-    folder, start = runs_folder(runs) / classifier_name(p, root), time.time()
-    if (folder / "run.json").is_file(): return folder
-    encoder, where = load_encoder(p["encoder"], root), pick_device(device)
+    folder = runs_folder(runs) / classifier_name(p, root)
+    with claimed(folder / ".lock", folder / "run.json") as missing:
+        if missing: _train(p, folder, root, device)
+    return folder
+
+def _train(p: dict, folder: Path, root: str | Path, device: str) -> None:
+    "All of `train_classifier` that takes time."
+    start, encoder, where = time.time(), load_encoder(p["encoder"], root), pick_device(device)
     base, (suite, rows, images, views) = weights_digest(encoder), load_training(p["suite"], encoder, root)
     labels = suite.labels[rows]
     with torch.random.fork_rng(devices=[]):
@@ -68,5 +73,3 @@ def train_classifier(
     history = finetune(encoder, head, images, class_objective(head, labels), **{k: p[k] for k in LOOP}, state=folder / "state.pt", bf16=p["bf16"], views=views)
     info = dict(parameters={**p, "corpus": f"{p['suite']}-labels"}, name=folder.name, history=history, encoder_digest=base, images=len(images), probe_strength=strength, **provenance(encoder, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
     if processes()[0] == 0: save_run(folder, before[0], encoder.state_dict(), info, (before[1], head.state_dict()))
-    if processes()[1] > 1: torch.distributed.barrier()
-    return folder

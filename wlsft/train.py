@@ -18,7 +18,7 @@ from torch import distributed, nn
 from .adapters import ADAPTERS, SOURCES, adapt
 from .encoders import Encoder, load_encoder, prepare
 from .data import CORPORA, DataError, PairCorpus, random_views
-from .features import embed, own, pick_device, processes
+from .features import claimed, embed, own, pick_device, processes
 from .files import ImageFiles, decoded
 from .losses import COLLISIONS, TextTable, answers, collided, contrastive_loss, embed_texts, everyone, prompt_templates, replay_consistency
 from .pairs import check_corpus, corpus_stamp, load_pairs
@@ -66,7 +66,7 @@ def trained(module: nn.Module) -> dict[str, torch.Tensor]:
 def save_state(path: Path, modules: dict, optimizer, epoch: int, history: list) -> None:
     "Everything a resumed run needs: trainable weights, optimiser state, epochs done, losses so far."
     weights = {f"{m}.{n}": p for m, module in modules.items() for n, p in trained(module).items()}
-    with atomic_write(path) as p: torch.save(dict(weights=weights, optimizer=optimizer.state_dict(), epoch=epoch, history=history), p)
+    with atomic_write(path) as p, open(p, "wb") as f: torch.save(dict(weights=weights, optimizer=optimizer.state_dict(), epoch=epoch, history=history), f)
 
 def load_state(path: Path, modules: dict, optimizer) -> tuple[int, list]:
     "Put a saved state back; returns epochs done and the losses so far. Raises `DataError` if the file does not fit."
@@ -169,7 +169,7 @@ def finetune(
         g, losses = torch.Generator().manual_seed(seed * 100_003 + epoch), []
         order = torch.randperm(len(images), generator=g)[:per_epoch * batch_size].split(batch_size)
         mine = decoded(images, [pick[own(batch_size)] for pick in order])
-        for i, (pick, batch) in enumerate(zip(order, progress(mine, f"epoch {epoch + 1}/{epochs}", total=per_epoch, unit="image", unit_scale=batch_size))):
+        for i, (pick, batch) in enumerate(zip(order, progress(mine, f"epoch {epoch + 1}/{epochs}", (epochs - epoch - 1) * per_epoch, total=per_epoch, unit="image", unit_scale=batch_size))):
             x = random_views(batch.to(device), g, size=size, total=batch_size, part=own(batch_size), **views)
             try: losses.append(train_step(encoder, opt, objective, x, pick, g, schedule(epoch * per_epoch + i, epochs * per_epoch), micro, bf16))
             except FloatingPointError as e: raise FloatingPointError(f"epoch {epoch + 1}, step {i + 1}: {e}; images {pick[:8].tolist()}...; the last whole epoch is kept") from e
@@ -210,8 +210,13 @@ def train_run(
     p = with_defaults(params, DEFAULTS)
     check_train(p)
     folder = runs_folder(runs) / run_name(p, root)
-    if (folder / "run.json").is_file(): return folder
-    start, where, cache = time.time(), pick_device(device), runs_folder(runs) / "cache"
+    with claimed(folder / ".lock", folder / "run.json") as missing:
+        if missing: _train(p, folder, root, device)
+    return folder
+
+def _train(p: dict, folder: Path, root: str | Path, device: str) -> None:
+    "All of `train_run` that takes time."
+    start, where, cache = time.time(), pick_device(device), folder.parent / "cache"
     encoder = load_encoder(p["encoder"], root)
     base = weights_digest(encoder)
     pairs = load_pairs(p["corpus"], root, encoder.pretrained_cfg["input_size"][-1], p["images"], p["seed"], cache, prompt_templates() if p["corpus"] in CORPORA else None)
@@ -225,5 +230,3 @@ def train_run(
     info = dict(parameters=p, name=folder.name, history=history, encoder_digest=base, pairs=len(pairs.images), left_out=dict(n=len(pairs.lost), first=pairs.lost[:20]),
                 **provenance(encoder, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
     if processes()[0] == 0: save_run(folder, theta_0, encoder.state_dict(), info)
-    if processes()[1] > 1: distributed.barrier()
-    return folder
