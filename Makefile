@@ -1,5 +1,7 @@
 # make study   set up, then the whole default study -> figures/emojishift     (STUDY=grid SEEDS=3, DATA=/path, CORES=8,
-#              SET='{encoder: vit_base_patch16_224.dino=/path/file.pth}' in every run, PROCESSES=4 of torchrun a run)
+#              SET='{encoder: vit_base_patch16_224.dino=/path/file.pth}' in every run, PROCESSES=4 of torchrun a run, GPUS=1 a process)
+# make status  what of the study is done, running or failed, and why, and the room it takes
+# make prune   what in runs/ no study and no table needs; DELETE=yes deletes it
 # make test    set up, then every test: the notebooks, then tests/
 # make bench   chapter 10 at full size, peers installed: tens of minutes -> figures/benchmarks
 # make docs    the documentation site -> _docs/
@@ -13,10 +15,12 @@ DATA   ?=
 CORES  ?= all
 SET    ?=
 PROCESSES ?= 1
+GPUS   ?= 0
+DELETE ?=
 VENV   := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup study test bench docs readme lab clean
+.PHONY: setup study status prune test bench docs readme lab clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: settings.ini setup.py constraints.txt
@@ -26,8 +30,14 @@ $(VENV)/.ready: settings.ini setup.py constraints.txt
 	touch $@
 
 study: setup
-	snakemake --cores $(CORES) --quiet rules --rerun-triggers mtime --rerun-incomplete --keep-going --config study=$(STUDY) seeds=$(SEEDS) data=$(DATA) processes=$(PROCESSES) set="$(SET)"
+	snakemake --cores $(CORES) --quiet rules --rerun-triggers mtime --rerun-incomplete --keep-going --nolock --config study=$(STUDY) seeds=$(SEEDS) data=$(DATA) processes=$(PROCESSES) gpus=$(GPUS) set="$(SET)"
 	@echo "figures are in figures/$(STUDY)"
+
+status: setup
+	wlsft-status $(STUDY) --seeds $(SEEDS) --data "$(DATA)" --set "$(SET)"
+
+prune: setup
+	wlsft-status $(STUDY) --seeds $(SEEDS) --data "$(DATA)" --set "$(SET)" --prune $(if $(DELETE),delete,list)
 
 test: setup
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2

@@ -1,6 +1,10 @@
 "Two gloo processes: the loss and its gradients are those of one process with the whole batch, and open_clip's."
 import os
+import signal
 import socket
+import subprocess
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,3 +83,35 @@ def test_two_processes_equal_open_clip(two):
 def test_two_processes_share_an_extraction(two):
     np.testing.assert_allclose(two["features"], embed(*pictures()).numpy(), atol=1e-5, rtol=1e-4)
     assert two["files"] == ["features.npy", "out.pt"]                                     # no notes, no halves
+
+
+BREAKS = """
+import os, sys, wlsft.train
+from wlsft.flyp import main
+step = wlsft.train.train_step
+def breaks(*args):
+    if os.environ["RANK"] == "1": raise RuntimeError("rank 1 lost its disk")
+    return step(*args)
+wlsft.train.train_step = breaks
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("death", ["killed", "raises"])
+def test_a_rank_that_dies_ends_the_job(tiny, tmp_path, death):
+    p = dict(encoder=f"test_vit={tiny / 'vit.safetensors'}", corpus=f"mine={tiny / 'captions.csv'}", batch_size=16, epochs=5000, lr=0.01, runs=tmp_path / "runs", device="cpu")
+    (tmp_path / "breaks.py").write_text(BREAKS)
+    what = ["--no-python", "wlsft-train"] if death == "killed" else [str(tmp_path / "breaks.py")]
+    job = subprocess.Popen(["torchrun", "--standalone", "--nproc_per_node", "2", *what, *(x for k, v in p.items() for x in ("-p", k, str(v)))],
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "WLSFT_QUIET": "1"})
+    if death == "killed":
+        while not list(tmp_path.glob("runs/*/state.pt")):
+            assert job.poll() is None
+            time.sleep(0.2)
+        ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+    start = time.time()
+    said, _ = job.communicate(timeout=240)
+    assert job.returncode != 0 and not list(tmp_path.glob("runs/*/run.json"))
+    assert ("SIGKILL" if death == "killed" else "rank 1 lost its disk") in said[said.index("Root Cause"):], said[-3000:]
+    assert death == "raises" or time.time() - start < 60 and list(tmp_path.glob("runs/*/state.pt"))    # what was whole is kept

@@ -2,14 +2,15 @@
 import multiprocessing as mp
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 KILLS = int(os.environ.get("KILLS", 12))
 ctx = mp.get_context("forkserver")
@@ -49,33 +50,29 @@ def same(a, b):
     return a[0] == b[0] and a[1] == b[1] and a[2].equals(b[2]) and a[3:] == b[3:]
 
 
-def run(folder, data, **options):
-    p = ctx.Process(target=job, args=(str(folder), str(data)), kwargs=options)
+def in_small_files(limit, said, *args):
+    "The job where no file may have more bytes than the limit; its error goes to the file `said`."
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    attempt(said, *args)
+
+
+def attempt(said, *args):
+    try:
+        job(*args)
+    except OSError as e:
+        Path(said).write_text(str(e))
+
+
+def run(folder, data, target=job, before=(), **options):
+    p = ctx.Process(target=target, args=(*before, str(folder), str(data)), kwargs=options)
     p.start()
     return p
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    import timm
-    import torch
-    from safetensors.torch import save_file
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    colours = dict(red=(220, 30, 30), green=(30, 200, 40), blue=(30, 60, 230))
-    lines = ["image,text"]
-    for split, n in (("images", 16), ("suite/train", 12), ("suite/id-test", 5), ("suite/noisy", 5)):
-        for name, colour in colours.items():
-            for i in range(n):
-                path = folder / split / name / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                pixels = np.clip(np.array(colour) + rng.normal(0, 90 if "noisy" in split else 30, (48, 48, 3)), 0, 255)
-                Image.fromarray(pixels.astype(np.uint8)).save(path)
-                if split == "images":
-                    lines.append(f"images/{name}/{i}.png,a {name} square number {i}")
-    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
-    torch.manual_seed(0)
-    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), folder / "vit.safetensors")
-    return folder
+def data(tiny):
+    return tiny
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +115,87 @@ def test_the_same_command_twice_and_another_seed(data, whole, tmp_path):
     other, rows = left(tmp_path / "seed"), whole[0][2]
     assert other[1] != whole[0][1]                                                          # a seed changes what is learned
     assert np.allclose(other[2].value[other[2].alpha == 0], rows.value[rows.alpha == 0])     # the pretrained encoder has no seed
+
+
+@pytest.mark.parametrize("limit", [500, 20_000, 60_000, 150_000, 400_000])
+def test_files_that_cannot_grow(data, whole, tmp_path, limit):
+    "Each limit stops the job at another file; what had been written stays, and the job ends well when there is room."
+    said = tmp_path / "said"
+    (tmp_path / "job").mkdir()
+    p = run(tmp_path / "job", data, in_small_files, (limit, str(said)))
+    p.join()
+    assert p.exitcode == 0 and (said.exists() or limit == 400_000)
+    if said.exists():
+        assert "cannot be written: File too large; what was there before is as it was" in said.read_text()
+    before = {f: f.read_bytes() for f in (tmp_path / "job").rglob("*") if f.is_file() and f.name in ("run.json", "theta.safetensors")}
+    p = run(tmp_path / "job", data)
+    p.join()
+    assert p.exitcode == 0 and same(left(tmp_path / "job"), whole[0]) and all(f.read_bytes() == b for f, b in before.items())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk(data, whole, tmp_path, small_disk):
+    "Filled to a few kB by other files, which then go: each time one sentence, no bus error of a mapped array, nothing lost."
+    for free in (4, 60, 150, 300):
+        with open(small_disk / "filler", "wb") as f:
+            room = shutil.disk_usage(small_disk).free
+            f.write(b"x" * max(0, room - free * 1024))
+        p = run(small_disk, data, attempt, (tmp_path / f"said{free}",))
+        p.join()
+        assert p.exitcode == 0
+        if (tmp_path / f"said{free}").exists():
+            assert "cannot be written: No space left on device" in (tmp_path / f"said{free}").read_text()
+        (small_disk / "filler").unlink()
+    assert (tmp_path / "said4").exists()
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    p = run(small_disk, data)
+    p.join()
+    assert p.exitcode == 0 and same(left(small_disk), whole[0])
+
+
+def test_a_place_that_is_only_read(data, tmp_path, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    p = run(small_disk, data, attempt, (tmp_path / "said",))
+    p.join()
+    assert p.exitcode == 0 and "cannot be made: Read-only file system" in (tmp_path / "said").read_text()
+
+
+def test_training_does_not_depend_on_workers(data, tmp_path, monkeypatch):
+    from wlsft import files
+    from wlsft.lp_ft import train_classifier
+    loader, left_by = files._loader, {}
+    for n in (0, 1, 3):
+        monkeypatch.setattr(files, "_loader", lambda images, rows, workers, strict, n=n: loader(images, rows, n, strict))
+        folder = train_classifier(dict(method="FT", encoder=f"test_vit={data / 'vit.safetensors'}", suite=f"mine={data / 'suite'}", batch_size=8), tmp_path / str(n))
+        left_by[n] = (folder / "theta.safetensors").read_bytes()
+    assert left_by[0] == left_by[1] == left_by[3]
+
+
+def test_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):
+    "The run stops before a weight moves, says where, and keeps the last whole epoch; a rerun goes on from there."
+    from wlsft import train
+    params = dict(encoder=f"test_vit={data / 'vit.safetensors'}", corpus=f"mine={data / 'captions.csv'}", epochs=3, batch_size=16)
+    step, calls = train.train_step, []
+
+    def breaks(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise FloatingPointError("the loss is nan")
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", breaks)
+    with pytest.raises(FloatingPointError, match=r"epoch 2, step 2: the loss is nan; images \[\d+, .*the last whole epoch is kept"):
+        train.train_run(params, tmp_path / "runs")
+    (state,) = tmp_path.glob("runs/*/state.pt")
+    monkeypatch.setattr(train, "train_step", step)
+    resumed, undisturbed = train.train_run(params, tmp_path / "runs"), train.train_run(params, tmp_path / "whole")
+    assert not state.exists() and (resumed / "theta.safetensors").read_bytes() == (undisturbed / "theta.safetensors").read_bytes()

@@ -8,7 +8,7 @@ __all__ = ['REAL', 'PHOTOS', 'SUFFIXES', 'clean', 'take', 'within', 'imagenet_id
            'check_corpus', 'corpus_stamp']
 
 # %% ../nbs/00_pairs.ipynb #c1bca67d
-import json, re
+import json, os, re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -43,7 +43,8 @@ def take(
     return PairCorpus(name, pixels, torch.from_numpy(mine.astype(np.int64)), [texts[g] for g in used], PHOTOS, tuple(lost))
 
 def within(folder: Path, name: str) -> Path:
-    "`folder / name`. Raises `DataError` if that leads out of the folder."
+    "`folder / name`. Raises `DataError` if that leads out of the folder, or can be no file's name."
+    if "\0" in name or any(len(os.fsencode(part)) > 255 for part in Path(name).parts): raise DataError(f"{name[:80]!r} is no file's name")
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()): raise DataError(f"{name!r} leads out of {folder}")
     return path

@@ -1,0 +1,28 @@
+"What several tests run on."
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    "Captions, a suite and an encoder's weights with which a whole run takes seconds."
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    colours = dict(red=(220, 30, 30), green=(30, 200, 40), blue=(30, 60, 230))
+    lines = ["image,text"]
+    for split, n in (("images", 16), ("suite/train", 12), ("suite/id-test", 5), ("suite/noisy", 5)):
+        for name, colour in colours.items():
+            for i in range(n):
+                path = folder / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = np.clip(np.array(colour) + rng.normal(0, 90 if "noisy" in split else 30, (48, 48, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+                if split == "images":
+                    lines.append(f"images/{name}/{i}.png,a {name} square number {i}")
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), folder / "vit.safetensors")
+    return folder
