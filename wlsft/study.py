@@ -8,7 +8,7 @@ __all__ = ['RANGES', 'ParameterError', 'check_choice', 'with_defaults', 'check_r
            'check_target', 'check_values', 'run_notebook', 'parse_value', 'main', 'expand_study']
 
 # %% ../nbs/00_study.ipynb #fec56cac
-import ast, contextlib, errno, fcntl, hashlib, json, os, sys, tempfile, time
+import ast, contextlib, errno, fcntl, functools, hashlib, json, os, sys, tempfile, time
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,13 @@ def code_digest(
 ) -> str:
     "A short SHA-256 over the syntax trees of the named `wlsft` modules: comments and layout do not count."
     import wlsft
-    trees = [ast.dump(ast.parse((Path(wlsft.__file__).parent / f"{m}.py").read_text())) for m in sorted(modules)]
-    return hashlib.sha256("".join(trees).encode()).hexdigest()[:10]
+    files = [Path(wlsft.__file__).parent / f"{m}.py" for m in sorted(modules)]
+    return hashlib.sha256("".join(_tree(f, f.stat().st_mtime_ns) for f in files).encode()).hexdigest()[:10]
+
+@functools.cache
+def _tree(path: Path, changed: int) -> str:
+    "The syntax tree of a module, once for each state of its file."
+    return ast.dump(ast.parse(path.read_text()))
 
 # %% ../nbs/00_study.ipynb #6d2d1353
 def _noted(items: Iterable, note: str, desc: str, total: int | None, more: int) -> Iterator:
