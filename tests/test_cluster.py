@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(not os.environ.get("REQUIRE_CLUSTER"), reason="takes minutes; REQUIRE_CLUSTER=1 asks for it, as .ci/run does")
+pytestmark = pytest.mark.skipif(not os.environ.get("REQUIRE_CLUSTER"), reason="takes minutes; REQUIRE_CLUSTER=1 asks for it")
 RUN = "{{encoder: 'test_vit={0}/vit.safetensors', adapter: film, corpus: 'mine={0}/captions.csv', suite: 'mine={0}/suite', steps: 1, lr: {1}, batch_size: 16}}"
-STUDIES = dict(one=(0.01, 0.02), two=(0.02, 0.03))                                         # they share a run
+STUDIES = dict(one=(0.01,), two=(0.01, 0.02))                                              # they share a run
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -36,9 +36,9 @@ def home(folder, tiny):
     return folder
 
 
-def graph(folder, study, *more):
+def graph(folder, study, *more, gpus=0):
     args = ["snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder, "--cores", "1", "--nolock", "--rerun-triggers", "mtime", "--rerun-incomplete", *more, "--config", f"study={study}"]
-    return subprocess.Popen([*map(str, args), f"runs={folder / 'runs'}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, start_new_session=True)
+    return subprocess.Popen([*map(str, args), f"runs={folder / 'runs'}", f"gpus={gpus}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, start_new_session=True)
 
 
 def finished(p, seconds=600):
@@ -65,7 +65,7 @@ def test_two_studies_at_once(whole, tiny, tmp_path):
     folder = home(tmp_path / "both", tiny)
     for p in [graph(folder, study) for study in STUDIES]:
         finished(p)
-    assert len(list(folder.glob("runs/*/run.json"))) == 3                                   # the shared run is there once
+    assert len(list(folder.glob("runs/*/run.json"))) == 2                                   # the shared run is there once
     for study in STUDIES:
         pd.testing.assert_frame_equal(left(folder, study), left(whole, study))
         assert (folder / f"figures/{study}/alpha.csv").read_bytes() == (whole / f"figures/{study}/alpha.csv").read_bytes()
@@ -73,7 +73,7 @@ def test_two_studies_at_once(whole, tiny, tmp_path):
 
 def test_kill_the_whole_graph(whole, tiny, tmp_path):
     folder, rng = home(tmp_path / "killed", tiny), random.Random(1)
-    for _ in range(int(os.environ.get("KILLS", 12)) // 6):
+    for _ in range(int(os.environ.get("KILLS", 12)) // 12):
         p = graph(folder, "one")
         time.sleep(rng.uniform(8, 40))
         os.killpg(p.pid, signal.SIGKILL)                                                    # kernels have sessions of their own
@@ -130,6 +130,12 @@ def slurm(tmp_path, monkeypatch):
     (d / "slurm.conf").write_text(CONF.format(host=host, d=d, ports=(free_port(), free_port())))
     (d / "gres.conf").write_text(f"NodeName={host} Name=gpu File=/dev/null\n")
     monkeypatch.setitem(ENV, "SLURM_CONF", str(d / "slurm.conf"))
+    place = Path("/etc/slurm/slurm.conf")                                                   # the executor takes SLURM_ variables out of a job
+    if place.exists() and not place.is_symlink():
+        pytest.skip("this machine belongs to a cluster")
+    place.parent.mkdir(exist_ok=True)
+    place.unlink(missing_ok=True)
+    place.symlink_to(d / "slurm.conf")
     munge = ["munged", "--foreground", "--force", *(f"--{k}={d / v}" for k, v in {"key-file": "key", "socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "munge.seed"}.items())]
     with open(d / "out", "w") as out:
         daemons = [subprocess.Popen(c, env=ENV, stdout=out, stderr=out) for c in (munge, ["slurmctld", "-D"], ["slurmd", "-D"])]
@@ -141,6 +147,7 @@ def slurm(tmp_path, monkeypatch):
         for p in reversed(daemons):
             p.terminate()
             p.wait(20)
+    place.unlink()
     shutil.rmtree(d)
 
 
@@ -148,11 +155,11 @@ def slurm(tmp_path, monkeypatch):
 def test_slurm(whole, slurm, tiny, tmp_path):
     folder = home(tmp_path / "cluster", tiny)
     flags = ["--executor", "slurm", "--jobs", "2", "--slurm-status-command", "squeue", "--slurm-no-account", "--slurm-init-seconds-before-status-checks", "3", "--seconds-between-status-checks", "3"]
-    finished(graph(folder, "one", *flags, "--default-resources", "slurm_partition=main", "--config", "gpus=1"))
+    finished(graph(folder, "one", *flags, "--default-resources", "slurm_partition=main", gpus=1))
     pd.testing.assert_frame_equal(left(folder, "one"), left(whole, "one"))
     jobs = (slurm / "done.txt").read_text().splitlines()
-    assert len(jobs) >= 6 and all("JobState=COMPLETED" in j for j in jobs)                   # two runs, two sweeps, two figures
-    assert sum("gres/gpu" in j or "gres:gpu" in j for j in jobs) == 4, jobs[0]               # those that compute ask for the GPU
+    assert len(jobs) == 3 and all("JobState=COMPLETED" in j for j in jobs)                   # a run, its sweep, the figures
+    assert sum("gres/gpu" in j or "gres:gpu" in j for j in jobs) == 2, jobs               # those that compute ask for the GPU
     assert {t for j in jobs for t in ("TimeLimit=120", "TimeLimit=30") if t in j} == {"TimeLimit=120", "TimeLimit=30"}
     states = subprocess.run([sys.executable, "-c", "from wlsft.status import *; print(study_status(study_plan('nbs/studies/one.yaml'), 'runs').state.tolist())"], cwd=folder, capture_output=True, text=True, env=ENV)
-    assert "['swept', 'swept']" in states.stdout, states.stderr[-2000:]
+    assert "['swept']" in states.stdout, states.stderr[-2000:]
