@@ -49,7 +49,7 @@ rule train:
     threads: PROCESSES
     resources: mem_mb=4000 * PROCESSES, runtime=120, gpu=GPUS * PROCESSES
     shell: "export OMP_NUM_THREADS=$(({threads} / {PROCESSES})) WLSFT_QUIET=1 WLSFT_PROGRESS={RUNS}/{wildcards.run}/train.progress.json; "
-           "({params.first}wlsft-run nbs/{params.notebook}.ipynb {RUNS}/{wildcards.run}/train.ipynb {params.flags}) > {log} 2>&1"
+           "({params.first}wlsft-run --lean nbs/{params.notebook}.ipynb {RUNS}/{wildcards.run}/train.ipynb {params.flags}) > {log} 2>&1"
 
 
 rule sweep:
@@ -59,7 +59,7 @@ rule sweep:
     params: lambda w: flags(dict(PLAN[w.run].sweep, run=w.run, study=STUDY, cells=PLAN[w.run].sweep["steps"] == 10, data=DATA, runs=RUNS, scratch=f"{RUNS}/scratch" if PLAN[w.run].sweep["suite"] else "")),
     threads: 1
     resources: mem_mb=4000, runtime=120, gpu=GPUS
-    shell: "OMP_NUM_THREADS={threads} wlsft-run nbs/05_interpolation.ipynb {RUNS}/{wildcards.run}/sweep.ipynb {params} -p out {output} > {log} 2>&1"
+    shell: "OMP_NUM_THREADS={threads} wlsft-run --lean nbs/05_interpolation.ipynb {RUNS}/{wildcards.run}/sweep.ipynb {params} -p out {output} > {log} 2>&1"
 
 
 rule collect:
@@ -68,7 +68,7 @@ rule collect:
     run:
         from wlsft.figures import read_rows
         from wlsft.interpolation import write_rows
-        write_rows(read_rows(input), output[0])
+        write_rows(read_rows(input).assign(study=STUDY), output[0])                      # a shared run's rows carry the label of whoever swept it
 
 
 rule figures:

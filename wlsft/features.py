@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import distributed
 from torch.overrides import TorchFunctionMode
 from .data import DataError
+from .disk import atomic_write, claim_room, only_one, write_json
 from .encoders import Encoder, prepare
 from .files import ImageFiles, decoded
 from .runs import weights_digest
-from .study import ParameterError, atomic_write, claim_room, only_one, progress, write_json
+from .study import ParameterError, progress
 
 # %% ../nbs/03_features.ipynb #92b3b2e6
 def pick_device(

@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from .data import OOD_STYLES, DataError
+from .disk import atomic_write
 from .knn_eval import ConceptBootstrap, interval
-from .study import ParameterError, atomic_write, check_choice
+from .study import ParameterError, check_choice
 
 # %% ../nbs/09_figures.ipynb #a6ce6f55
 COLUMNS = ["study", "run", "method", "corpus", "encoder", "adapter", "lr", "seed", "alpha", "protocol", "k", "temperature", "set", "split", "metric", "value", "n", "correct", "concept"]

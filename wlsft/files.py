@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 from .data import DataError
-from .study import atomic_write, check_range, claim_room, digest, progress, write_json
+from .disk import atomic_write, claim_room, write_json
+from .study import check_range, digest, progress
 
 # %% ../nbs/00_files.ipynb #0f6834a6
 def to_rgb(image: Image.Image) -> Image.Image:

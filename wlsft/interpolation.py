@@ -14,12 +14,13 @@ import pandas as pd
 import torch
 from .blend import features_along, interpolate
 from .data import Suite
+from .disk import atomic_write
 from .distortion import distortion_rows, held_out_features
 from .knn_eval import knn_rows, needed
 from .probe import head_rows, probe_rows
 from .image_text import ImageText, zero_shot_head
 from .losses import prompt_templates
-from .study import atomic_write, digest, progress
+from .study import digest, progress
 from .runs import Run
 from .features import pick_device, processes
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from .adapters import is_vit_block, replay_sites
+from .disk import atomic_write
 from .encoders import Encoder
 from .image_text import minilm_folder
-from .study import ParameterError, atomic_write, check_choice, code_digest, digest
+from .study import ParameterError, check_choice, code_digest, digest
 
 # %% ../nbs/02_losses.ipynb #6f28088f
 @functools.cache

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 from .adapters import add_film, add_token_replay, is_adapter, replay_sites
+from .disk import atomic_write, write_json
 from .encoders import Encoder, load_encoder
 from .data import DataError, data_folder, shipped
-from .study import ParameterError, atomic_write, code_digest, digest, write_json
+from .study import ParameterError, code_digest, digest
 
 # %% ../nbs/03_runs.ipynb #a657ad09
 def runs_folder(runs: str | Path = "") -> Path:

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 import nbformat
 from fastcore.docments import docments
 from nbdev.showdoc import BasicMarkdownRenderer
-from .study import atomic_write
+from .disk import atomic_write
 
 # %% ../nbs/build/site.ipynb #9cded39b
 def _short(anno: object) -> str:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pandas as pd
 from .data import DataError, data_folder
+from .disk import is_held
 from .flyp import chapter_of, name_of
 from .runs import runs_folder
-from .study import ParameterError, check_range, expand_study, is_held
+from .study import ParameterError, check_range, expand_study
 
 # %% ../nbs/12_status.ipynb #b8b9d701
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from .disk import write_json
 from .encoders import Encoder
 from .data import DataError, Suite, data_folder, emojishift_suite, load_emojishift
 from .files import ImageFiles, Items, Paths, Source
 from .pairs import PHOTOS, class_files, imagenet_ids, is_own, is_validation, within
-from .study import check_choice, write_json
+from .study import check_choice
 
 # %% ../nbs/00_suites.ipynb #ca6368ff
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 from .adapters import ADAPTERS, SOURCES, adapt
+from .disk import atomic_write
 from .encoders import Encoder, load_encoder, prepare
 from .data import CORPORA, DataError, PairCorpus, random_views
 from .features import claimed, embed, own, pick_device, processes
@@ -23,7 +24,7 @@ from .files import ImageFiles, decoded
 from .losses import COLLISIONS, TextTable, answers, collided, contrastive_loss, embed_texts, everyone, prompt_templates, replay_consistency
 from .pairs import check_corpus, corpus_stamp, load_pairs
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
-from .study import ParameterError, atomic_write, check_choice, check_parameters, check_range, check_values, progress, with_defaults
+from .study import ParameterError, check_choice, check_parameters, check_range, check_values, progress, with_defaults
 
 # %% ../nbs/03_train.ipynb #719348bc
 def ridge(
