@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pandas as pd
+from wlsft.train import train_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,5 +31,12 @@ def test_train_sweep_figures(tmp_path):
     assert {"alpha.png", "alpha.csv", "paths.png", "paths.csv", "methods.png", "k.png", "styles.png"} <= names
 
     before = (folder / "theta.safetensors").stat().st_mtime_ns
-    run("nbs/03_train.ipynb", tmp_path / "d.ipynb", "-p", "encoder", "vit_tiny_emojishift", "-p", "adapter", "token-replay", "-p", "memory", 8, *flags)
+    run("--lean", "nbs/03_train.ipynb", tmp_path / "d.ipynb", "-p", "encoder", "vit_tiny_emojishift", "-p", "adapter", "token-replay", "-p", "memory", 8, *flags)
     assert (folder / "theta.safetensors").stat().st_mtime_ns == before and len(list(runs.glob("*/run.json"))) == 1
+
+
+def test_a_lean_chapter_trains_what_the_function_does(tiny, tmp_path):
+    params = dict(encoder=f"test_vit={tiny}/vit.safetensors", corpus=f"mine={tiny}/captions.csv", adapter="film", batch_size=16)
+    run("--lean", "nbs/03_train.ipynb", tmp_path / "a.ipynb", *(x for k, v in params.items() for x in ("-p", k, v)), "-p", "runs", tmp_path / "a")
+    (theta,) = tmp_path.glob("a/*/theta.safetensors")
+    assert theta.read_bytes() == (train_run(params, tmp_path / "b") / "theta.safetensors").read_bytes()

@@ -3,6 +3,8 @@ import io
 import json
 import os
 import resource
+import subprocess
+import sys
 import tarfile
 import time
 import zipfile
@@ -24,6 +26,7 @@ from wlsft.pairs import coco_pairs, table_pairs, tar_pairs
 from wlsft.runs import load_run
 from wlsft.study import ParameterError, expand_study
 
+GUIDED = os.environ.get("GUIDED")                                                           # inputs a reader from atheris, which follows coverage
 FUZZ = int(os.environ.get("FUZZ", 100))
 REFUSED = (DataError, ParameterError)
 
@@ -151,6 +154,33 @@ def test_damaged_files_are_read_or_refused(reader, tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000              # kilobytes
 
 
+GUIDE = """
+import sys, atheris
+sys.path.insert(0, {tests!r})
+with atheris.instrument_imports(include=["wlsft", "yaml", "tarfile"]):
+    import yaml, tarfile, test_fuzz
+from pathlib import Path
+reader, place, *flags = sys.argv[1:]
+(read, sound), place = test_fuzz.READERS[reader], Path(place)
+(place / "corpus").mkdir()
+(place / "corpus/sound").write_bytes(sound(place))
+def one(data):
+    try: read(place, data)
+    except test_fuzz.REFUSED: pass
+atheris.Setup([reader, str(place / "corpus"), f"-artifact_prefix={{place}}/", *flags], one)
+atheris.Fuzz()
+"""
+
+
+@pytest.mark.skipif(not GUIDED, reason="GUIDED=5000 asks for it; pip install atheris")
+@pytest.mark.parametrize("reader", READERS)
+def test_guided_damage(reader, tmp_path):
+    size = len(READERS[reader][1](tmp_path))
+    flags = [f"-runs={GUIDED}", f"-max_len={2 * size}", "-timeout=10", "-rss_limit_mb=4000"]
+    done = subprocess.run([sys.executable, "-Wignore", "-c", GUIDE.format(tests=str(Path(__file__).parent)), reader, str(tmp_path), *flags], capture_output=True, text=True)
+    assert done.returncode == 0 and f"Done {GUIDED} runs" in done.stderr, (done.stdout + done.stderr)[-4000:]
+
+
 def test_a_tar_is_never_unpacked_and_a_compressed_one_is_refused(tmp_path):
     (tmp_path / "x.tar").write_bytes(tar_bytes())
     inside = {p for p in tmp_path.rglob("*")}
@@ -189,7 +219,5 @@ def test_nothing_in_a_checkpoint_or_a_study_is_executed(tmp_path):
 
 
 def test_nothing_is_fetched_at_import():
-    import subprocess
-    import sys
     code = "import socket\ndef no(*a, **k): raise SystemExit('the network was asked for')\nsocket.socket.connect = socket.create_connection = socket.getaddrinfo = no\nimport pkgutil, importlib, wlsft\nfor m in pkgutil.iter_modules(wlsft.__path__): importlib.import_module('wlsft.' + m.name)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -42,6 +42,7 @@ def own(n: int) -> slice:
     rank, world = processes()
     return slice(n * rank // world, n * (rank + 1) // world)
 
+# %% ../nbs/03_features.ipynb #b8154a9f
 @contextlib.contextmanager
 def claimed(
     lock: Path, result: Path # see `only_one`; a file that the work ends with
@@ -109,6 +110,7 @@ def extract(
     if found.shape != shape: raise DataError(f"{path} holds {found.shape}, not {shape}; delete it to extract again")
     return torch.from_numpy(found)
 
+# %% ../nbs/03_features.ipynb #b95c9913
 def _extract(encoder: Encoder, images, path: Path, what: dict, every: int, workers: int | None) -> None:
     "Make the array `path`, or finish one that was begun."
     part, (rank, world) = path.with_name(f".{path.name}.part"), processes()

@@ -109,6 +109,7 @@ def train_image_text(
         if missing: _train(p, folder, root, device)
     return folder
 
+# %% ../nbs/07_flyp.ipynb #ce3fb874
 def _train(p: dict, folder: Path, root: str | Path, device: str) -> None:
     "All of `train_image_text` that takes time."
     start, model = time.time(), cast(ImageText, load_encoder(p["encoder"], root).to(pick_device(device)))

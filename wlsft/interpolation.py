@@ -49,26 +49,30 @@ def alpha_sweep(
     p, parts = run.info["parameters"], []
     held = [s for s in suite.sets if suite.shift[s] != "SEEN"]
     run.encoder.to(pick_device(device)).load_state_dict(run.theta_0)
-    before = held_out_features(run.encoder, suite) if deep else {}
+    before = held_out_features(run.encoder, suite) if deep else None
     asked = digest([suite.name, {s: len(q) for s, q in suite.sets.items()}, cells, deep, bf16, tolerance, [round(float(a), 6) for a in alphas]])
     path = Path(scratch) / f"{run.name}-{asked}.npy" if scratch else None
     if path and path.with_suffix(".parquet").is_file(): return pd.read_parquet(path.with_suffix(".parquet")).assign(study=study)
     at = _features(run, suite, alphas, held, cells, path, bf16, tolerance)
     for alpha in progress(alphas, "alpha"):
-        features = at(alpha)
-        found = [knn_rows(features, suite, *((list(suite.sets), list(suite.banks)) if cells and alpha in (0, 1) else (held, ["id"])))]
-        sets = found[0].set.unique().tolist()
-        if deep or p.get("method") == "FLYP": run.encoder.load_state_dict(interpolate(run.theta_0, run.theta_1, alpha))
-        if p.get("method") == "FLYP": found.append(head_rows(features, suite, sets, zero_shot_head(cast(ImageText, run.encoder), [c.replace("-", " ") for c in suite.classes], prompt_templates())))
-        if run.head_0 and run.head_1: found.append(head_rows(features, suite, sets, interpolate(run.head_0, run.head_1, alpha)))
-        if deep: found += [probe_rows(features, suite, sets), distortion_rows(before, held_out_features(run.encoder, suite))]
-        parts.append(pd.concat(found).assign(alpha=round(float(alpha), 6)))
+        parts.append(_scores(run, suite, at(alpha), float(alpha), held, cells, before).assign(alpha=round(float(alpha), 6)))
     run.encoder.load_state_dict(run.theta_0)
     rows = pd.concat(parts, ignore_index=True).assign(study=study, run=run.name, corpus=p["corpus"], encoder=p["encoder"], seed=p["seed"], lr=p["lr"], **method_names(p))
     if path and processes()[0] == 0:
         write_rows(rows, path.with_suffix(".parquet"))
         for f in path.parent.glob(f"{path.stem}*.npy"): f.unlink(missing_ok=True)
     return rows
+
+# %% ../nbs/05_interpolation.ipynb #e653893a
+def _scores(run: Run, suite: Suite, features: torch.Tensor, alpha: float, held: list[str], cells: bool, before: dict | None) -> pd.DataFrame:
+    "Rows of one alpha; `before` are the held-out features at `theta_0` of a deep sweep, else None."
+    found = [knn_rows(features, suite, *((list(suite.sets), list(suite.banks)) if cells and alpha in (0, 1) else (held, ["id"])))]
+    sets, words = found[0].set.unique().tolist(), run.info["parameters"].get("method") == "FLYP"
+    if before is not None or words: run.encoder.load_state_dict(interpolate(run.theta_0, run.theta_1, alpha))
+    if words: found.append(head_rows(features, suite, sets, zero_shot_head(cast(ImageText, run.encoder), [c.replace("-", " ") for c in suite.classes], prompt_templates())))
+    if run.head_0 and run.head_1: found.append(head_rows(features, suite, sets, interpolate(run.head_0, run.head_1, alpha)))
+    if before is not None: found += [probe_rows(features, suite, sets), distortion_rows(before, held_out_features(run.encoder, suite))]
+    return pd.concat(found)
 
 # %% ../nbs/05_interpolation.ipynb #0920a375
 def _features(run: Run, suite: Suite, alphas: Sequence[float], held: list[str], cells: bool, path: Path | None, bf16: bool, tolerance: float) -> Callable[[float], torch.Tensor]:

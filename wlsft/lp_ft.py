@@ -56,6 +56,7 @@ def train_classifier(
         if missing: _train(p, folder, root, device)
     return folder
 
+# %% ../nbs/06_lp_ft.ipynb #6fa9f455
 def _train(p: dict, folder: Path, root: str | Path, device: str) -> None:
     "All of `train_classifier` that takes time."
     start, encoder, where = time.time(), load_encoder(p["encoder"], root), pick_device(device)

@@ -41,6 +41,7 @@ def study_plan(
 
 # %% ../nbs/12_status.ipynb #58534910
 _PRODUCT = dict(train="run.json", sweep="rows.parquet")
+_LOCKS = dict(train=("train.lock", ".lock"), sweep=("sweep.lock",))            # the run's own lock: under torchrun, no notebook is at work yet
 
 def _why(folder: Path, stage: str) -> str:
     "The error of a stage that failed: the notebook's, else the last line of its log."
@@ -53,12 +54,13 @@ def _why(folder: Path, stage: str) -> str:
     lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
     return re.sub(r"\x1b\[[0-9;]*m", "", lines[-1]) if lines else "killed, or its machine went away"
 
+# %% ../nbs/12_status.ipynb #8f0959e0
 def _going(folder: Path, stage: str) -> str | None:
     "How far a stage has come that a process works at; None if none does."
     note = folder / f"{stage}.progress.json"
     try: told, age = json.loads(note.read_text()), time.time() - note.stat().st_mtime
     except (OSError, ValueError): told, age = {}, 1e9
-    if not is_held(folder / f"{stage}.lock") and age > 120: return None
+    if not any(is_held(folder / lock) for lock in _LOCKS[stage]) and age > 120: return None
     if not told: return ""
     left = "" if told["left"] is None else f", {told['left'] // 60} min {told['left'] % 60} s left"
     return f"{told['what']}: {told['done']} of {told['total']}{left}"
@@ -103,7 +105,7 @@ def to_prune(
     "What of `runs/` is not needed; nothing is deleted."
     place = runs_folder(runs)
     folders = [f for f in sorted(place.iterdir()) if f.is_dir()] if place.is_dir() else []
-    busy = {f.name for f in folders if any(_going(f, stage) is not None for stage in _PRODUCT) or is_held(f / ".lock")}
+    busy = {f.name for f in folders if any(_going(f, stage) is not None for stage in _PRODUCT)}
     ours = [f for f in folders if any((f / name).exists() for name in ("run.json", "state.pt", "train.log", "train.failed.ipynb", "train.lock"))]
     rows = [(f, "run that nothing names") for f in ours if f.name not in keep | busy]
     if not busy: rows += [(f, "can be made again") for f in folders if f.name in ("cache", "scratch")]
@@ -129,8 +131,9 @@ def main(
             print(table.to_string(index=False), "\n", ", ".join(f"{n} {s}" for s, n in table.state.value_counts().items()), sep="\n")
             print(f"{runs_folder(a.runs)}: {_bytes(runs_folder(a.runs)) / 1e6:,.0f} MB, {shutil.disk_usage(home).free / 1e9:,.1f} GB free")
 
+# %% ../nbs/12_status.ipynb #a3ce12ac
 def _prune(home: Path, plan: dict, a) -> None:
-    "List or delete; runs of every study file are kept, of as many seeds as there are."
+    "List or delete; runs of every study file are kept, of twenty seeds."
     keep = set(plan) | named_runs(home / "data/results", home / "figures", runs_folder(a.runs) / "studies")
     for f in (home / "nbs/studies").glob("*.yaml"):
         try: keep |= set(study_plan(f, 20, {}, a.data))

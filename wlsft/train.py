@@ -215,6 +215,7 @@ def train_run(
         if missing: _train(p, folder, root, device)
     return folder
 
+# %% ../nbs/03_train.ipynb #dfba6843
 def _train(p: dict, folder: Path, root: str | Path, device: str) -> None:
     "All of `train_run` that takes time."
     start, where, cache = time.time(), pick_device(device), folder.parent / "cache"
