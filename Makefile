@@ -30,7 +30,7 @@ $(VENV)/.ready: settings.ini setup.py constraints.txt
 	touch $@
 
 study: setup
-	snakemake --cores $(CORES) --quiet rules --rerun-triggers mtime --rerun-incomplete --keep-going --nolock --config study=$(STUDY) seeds=$(SEEDS) data=$(DATA) processes=$(PROCESSES) gpus=$(GPUS) set="$(SET)"
+	snakemake --cores $(CORES) --quiet rules --rerun-triggers mtime --rerun-incomplete --keep-incomplete --keep-going --nolock --resources gpu=$$(( $(GPUS) * $(PROCESSES) )) --config study=$(STUDY) seeds=$(SEEDS) data="$(DATA)" processes=$(PROCESSES) gpus=$(GPUS) set="$(SET)"
 	@echo "figures are in figures/$(STUDY)"
 
 status: setup

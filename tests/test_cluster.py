@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not os.environ.get("REQUIRE_CLUSTER"), reason="takes minutes; REQUIRE_CLUSTER=1 asks for it")
-RUN = "{{encoder: 'test_vit={0}/vit.safetensors', adapter: film, corpus: 'mine={0}/captions.csv', suite: 'mine={0}/suite', steps: 1, lr: {1}, batch_size: 16}}"
-STUDIES = dict(one=(0.01,), two=(0.01, 0.02))                                              # they share a run
+RUN = "{{encoder: 'test_vit={0}/vit.safetensors', adapter: film, corpus: 'mine={0}/captions.csv', suite: 'mine={0}/suite', steps: 1, batch_size: 16}}"
+STUDIES = dict(one=("{lr: 0.01}",), two=("{lr: 1e-2, steps: 2}", "{lr: 0.02}"))                # they share a run, and sweep it differently
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -25,13 +25,13 @@ def home(folder, tiny):
     (folder / "nbs/studies").mkdir(parents=True)
     for chapter in ("03_train", "05_interpolation", "09_figures"):
         (folder / f"nbs/{chapter}.ipynb").symlink_to(ROOT / f"nbs/{chapter}.ipynb")
-    for name, rates in STUDIES.items():
-        (folder / f"nbs/studies/{name}.yaml").write_text("runs:\n" + "".join(f"- {RUN.format(tiny, lr)}\n" for lr in rates))
+    for name, runs in STUDIES.items():
+        (folder / f"nbs/studies/{name}.yaml").write_text(f"defaults: {RUN.format(tiny)}\nruns:\n" + "".join(f"- {run}\n" for run in runs))
     return folder
 
 
 def graph(folder, study, *more, gpus=0):
-    args = ["snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder, "--cores", "1", "--nolock", "--rerun-triggers", "mtime", "--rerun-incomplete", *more, "--config", f"study={study}"]
+    args = ["snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder, "--cores", "1", "--nolock", "--rerun-triggers", "mtime", "--rerun-incomplete", "--keep-incomplete", *more, "--config", f"study={study}"]
     return subprocess.Popen([*map(str, args), f"runs={folder / 'runs'}", f"gpus={gpus}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, start_new_session=True)
 
 

@@ -1,4 +1,4 @@
-"One short run through the command line: train, sweep, figures; then again for nothing."
+"One short run through the command line, as studies do it: train, sweep, figures; then again for nothing."
 import json
 import os
 import subprocess
@@ -17,12 +17,12 @@ def run(*args):
 
 def test_train_sweep_figures(tmp_path):
     runs, flags = tmp_path / "runs", ["-p", "study", "e2e", "-p", "runs", tmp_path / "runs"]
-    run("nbs/03_train.ipynb", tmp_path / "a.ipynb", "-p", "encoder", "vit_tiny_emojishift", "-p", "adapter", "token-replay", "-p", "memory", 8, *flags)
+    run("--lean", "nbs/03_train.ipynb", tmp_path / "a.ipynb", "-p", "encoder", "vit_tiny_emojishift", "-p", "adapter", "token-replay", "-p", "memory", 8, *flags)
     (folder,) = [p.parent for p in runs.glob("*/run.json")]
     info = json.loads((folder / "run.json").read_text())
     assert info["parameters"]["adapter"] == "token-replay" and len(info["history"]) == 1 and not (folder / "state.pt").exists()
 
-    run("nbs/05_interpolation.ipynb", tmp_path / "b.ipynb", "-p", "run", folder.name, "-p", "out", folder / "rows.parquet", *flags)
+    run("--lean", "nbs/05_interpolation.ipynb", tmp_path / "b.ipynb", "-p", "run", folder.name, "-p", "out", folder / "rows.parquet", *flags)
     rows = pd.read_parquet(folder / "rows.parquet")
     assert sorted(rows.alpha.unique()) == [0, 0.5, 1] and set(rows.method) == {"WLSFT-TR"} and rows.value.between(0, 100).all()
 

@@ -74,19 +74,16 @@ def test_every_figure_has_its_table():
 
 @pytest.mark.parametrize("study", sorted(p.stem for p in (ROOT / "nbs/studies").glob("*.yaml")))
 def test_study_expands_to_known_parameters(study):
-    from wlsft.study import check_parameters, expand_study
-    from wlsft.flyp import FLYP, chapter_of, check_flyp, name_of
-    from wlsft.lp_ft import CLASSIFIER, check_classifier
+    from wlsft.flyp import name_of, settled
+    from wlsft.interpolation import SWEEP, settled_sweep
     from wlsft.pairs import REAL
-    from wlsft.train import DEFAULTS, check_train
-    kinds = {"03_train": (DEFAULTS, check_train), "06_lp_ft": (CLASSIFIER, check_classifier), "07_flyp": (FLYP, check_flyp)}
+    from wlsft.study import check_parameters, expand_study
     runs, names = expand_study(ROOT / f"nbs/studies/{study}.yaml", 2), set()
-    photographs = study in REAL                  # a run's name needs their files: tests/test_photographs.py
     for run in runs:
-        for name in ("steps", "deep", "tolerance", *(() if "method" in run else ("suite",))): run.pop(name, None)
-        defaults, check = kinds[chapter_of(run)]
-        check({**defaults, **check_parameters(run, notebook_parameters(ROOT / f"nbs/{chapter_of(run)}.ipynb"))})
-        names.add(str(run) if photographs else name_of(run))
+        chapter, known = settled({k: v for k, v in run.items() if k not in SWEEP or k == "suite" and "method" in run})
+        check_parameters(known, notebook_parameters(ROOT / f"nbs/{chapter}.ipynb"))
+        settled_sweep({k: v for k, v in run.items() if k in SWEEP})
+        names.add(str(known) if study in REAL else name_of(known))                          # names need the files: tests/test_photographs.py
     assert len(names) == len(runs)
 
 

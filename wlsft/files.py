@@ -7,7 +7,7 @@ __all__ = ['to_rgb', 'centre', 'Source', 'Paths', 'TarMembers', 'Items', 'tar_me
            'decode_first']
 
 # %% ../nbs/00_files.ipynb #fe81192a
-import io, json, math, os, tarfile
+import contextlib, io, json, math, os, tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from .data import DataError
-from .disk import atomic_write, claim_room, write_json
+from .disk import atomic_write, claim_room, only_one, write_json
 from .study import check_range, digest, progress
 
 # %% ../nbs/00_files.ipynb #0f6834a6
@@ -163,12 +163,15 @@ def decode_first(
     "The first `n` readable images. Raises `DataError` if there are fewer, or none."
     names = [files.name(i) for i in range(len(files))]
     path = Path(cache) / f"images-{digest([names, n, files.size, files.crop])}.npy"
-    if not path.with_suffix(".json").is_file():
-        with atomic_write(path) as p: kept, lost = _decode_into(p, files, n, workers)
-        write_json(path.with_suffix(".json"), dict(kept=kept, unreadable=lost))
-    report = json.loads(path.with_suffix(".json").read_text())
+    note = path.with_suffix(".json")
+    with contextlib.nullcontext() if note.is_file() else only_one(path.with_suffix(".lock")):
+        if not note.is_file():
+            with atomic_write(path) as p: kept, lost = _decode_into(p, files, n, workers)
+            write_json(note, dict(kept=kept, unreadable=lost))
+    report = json.loads(note.read_text())
     return torch.from_numpy(np.load(path, mmap_mode="c")[:len(report["kept"])]), np.array(report["kept"], np.int64), report["unreadable"]
 
+# %% ../nbs/00_files.ipynb #af1c0d0b
 def _decode_into(path: Path, files: ImageFiles, n: int, workers: int | None) -> tuple[list[int], list[str]]:
     least, n = n or 1, n or len(files)
     out = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, files.size, files.size)); claim_room(path)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CODE', 'FLYP', 'FEW', 'prompt_tokens', 'flyp_objective', 'check_flyp', 'image_text_name', 'what_trains',
-           'start_head', 'held_to_start', 'train_image_text', 'chapter_of', 'name_of', 'main', 'draw_shots', 'few_shot',
-           'few_shot_rows', 'over_draws']
+           'start_head', 'held_to_start', 'train_image_text', 'chapter_of', 'settled', 'name_of', 'main', 'draw_shots',
+           'few_shot', 'few_shot_rows', 'over_draws']
 
 # %% ../nbs/07_flyp.ipynb #879565ea
 import copy, time
@@ -25,14 +25,14 @@ from .data import Suite, random_views
 from .encoders import load_encoder
 from .image_text import ImageText, check_prompts, is_pair_model, zero_shot_head
 from .losses import COLLISIONS, collided, contrastive_loss, everyone, prompt_templates
-from .lp_ft import class_objective, classifier_name, train_classifier
+from .lp_ft import CLASSIFIER, check_classifier, class_objective, classifier_name, train_classifier
 from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
 from .study import ParameterError, check_choice, check_parameters, check_range, check_values, parse_value, progress, with_defaults
 from .features import claimed, embed, own, pick_device, processes
 from .files import ImageFiles, decoded
-from .suites import check_suite, load_training
-from .train import DEFAULTS as TEXT, finetune, in_pieces, optimiser, run_name, schedule, train_run, train_step
+from .suites import check_suite, load_training, suite_stamp
+from .train import DEFAULTS as TEXT, check_train, finetune, in_pieces, optimiser, run_name, schedule, train_run, train_step
 
 # %% ../nbs/07_flyp.ipynb #663e7a10
 def prompt_tokens(model: ImageText, classes: Sequence[str], templates: Sequence) -> torch.Tensor:
@@ -68,7 +68,8 @@ def check_flyp(p: dict) -> None:
 def image_text_name(params: dict, root: str | Path = "") -> str:
     "Readable front and a hash of parameters, code and data."
     p = {**FLYP, **{k: v for k, v in params.items() if k in FLYP and k != "micro"}}                 # pieces change memory, not gradients
-    return name_run(f"{p['method']}-{p['adapter']}", p, CODE, root)
+    stamp = {k: v for k, v in [("files", suite_stamp(p["suite"], root))] if v}
+    return name_run(f"{p['method']}-{p['adapter']}", p | stamp, CODE, root)
 
 def what_trains(model: ImageText, method: str, adapter: str) -> None:
     "Set `requires_grad`: the vision tower or its adapter, and for FLYP also words and scale."
@@ -102,7 +103,7 @@ def train_image_text(
     runs: str | Path = "", root: str | Path = "", device: str = "" # where runs are kept; the data folder; see `pick_device`
 ) -> Path:                                       # the run's folder
     "Tune an image-text model on the ID training images of a suite, resuming or skipping as the folder allows."
-    p = with_defaults(params, FLYP)
+    p = check_parameters(with_defaults(params, FLYP), FLYP)
     check_flyp(p)
     folder = runs_folder(runs) / image_text_name(p, root)
     with claimed(folder / ".lock", folder / "run.json") as missing:
@@ -130,13 +131,25 @@ def _train(p: dict, folder: Path, root: str | Path, device: str) -> None:
     if processes()[0] == 0: save_run(folder, before, model.state_dict(), info, ({}, {}) if p["method"] == "FLYP" else (dict(zero, weight=zero["weight"] * before["clip.logit_scale"].exp().cpu()), head.state_dict()))
 
 # %% ../nbs/07_flyp.ipynb #71d75dee
+_CHAPTERS: dict[str, tuple[dict, Callable, Callable, Callable]] = {"03_train": (TEXT, check_train, run_name, train_run), # defaults; check, name, train
+    "06_lp_ft": (CLASSIFIER, check_classifier, classifier_name, train_classifier), "07_flyp": (FLYP, check_flyp, image_text_name, train_image_text)}
+
 def chapter_of(params: dict) -> str:
     "The notebook that trains a run of a study file: methods are chapter 06's, or this one's for an image-text model; the rest is chapter 03's."
-    return "03_train" if "method" not in params else "07_flyp" if is_pair_model(params["encoder"]) else "06_lp_ft"
+    return "03_train" if "method" not in params else "07_flyp" if is_pair_model(params.get("encoder", CLASSIFIER["encoder"])) else "06_lp_ft"
+
+def settled(
+    params: dict       # of a study file; `device` may be among them
+) -> tuple[str, dict]: # the chapter, and the parameters as it will have them: 0 is 0.0 where a number is meant
+    "What will train a run, checked. Raises `ParameterError` for a name or a value that the chapter would refuse."
+    defaults, check = _CHAPTERS[chapter := chapter_of(params)][:2]
+    known = check_parameters({k: v for k, v in params.items() if k != "device"}, defaults)
+    check({**defaults, **known})
+    return chapter, {**params, **known}
 
 def name_of(params: dict, root: str | Path = "") -> str:
     "The name that `chapter_of` will give the run."
-    return {"03_train": run_name, "06_lp_ft": classifier_name, "07_flyp": image_text_name}[chapter_of(params)](params, root)
+    return _CHAPTERS[chapter_of(params)][2](params, root)
 
 # %% ../nbs/07_flyp.ipynb #0576d7d4
 def main(
@@ -149,7 +162,7 @@ def main(
     p = {k: parse_value(v) for k, v in parser.parse_args(argv).p}
     where = dict(runs=p.pop("runs", ""), root=p.pop("data", ""), device=p.pop("device", ""))
     p.pop("study", None)
-    train = {"03_train": train_run, "06_lp_ft": train_classifier, "07_flyp": train_image_text}[chapter_of({"encoder": TEXT["encoder"], **p})]
+    train = _CHAPTERS[chapter_of(p)][3]
     together = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if together: _meet(where["device"])
     try: folder = (record(train) if together else train)(p, **where)                 # torchrun's last words then have the message

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .adapters import ADAPTERS, adapt
-from .suites import check_suite, load_training
+from .suites import check_suite, load_training, suite_stamp
 from .encoders import load_encoder
 from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
@@ -41,7 +41,8 @@ def check_classifier(p: dict) -> None:
 def classifier_name(params: dict, root: str | Path = "") -> str:
     "Readable front and a hash of parameters, code and data."
     p = {**CLASSIFIER, **{k: v for k, v in params.items() if k in CLASSIFIER}}
-    return name_run(f"{p['method']}-{p['adapter']}", p, CODE, root)
+    stamp = {k: v for k, v in [("files", suite_stamp(p["suite"], root))] if v}
+    return name_run(f"{p['method']}-{p['adapter']}", p | stamp, CODE, root)
 
 # %% ../nbs/06_lp_ft.ipynb #1abe2f98
 def train_classifier(
@@ -49,7 +50,7 @@ def train_classifier(
     runs: str | Path = "", root: str | Path = "", device: str = "" # where runs are kept; the data folder; see `pick_device`
 ) -> Path:                                       # the run's folder
     "FT or LP-FT on the ID training images of a suite, resuming or skipping as the folder allows."
-    p = with_defaults(params, CLASSIFIER)
+    p = check_parameters(with_defaults(params, CLASSIFIER), CLASSIFIER)
     check_classifier(p)
     folder = runs_folder(runs) / classifier_name(p, root)
     with claimed(folder / ".lock", folder / "run.json") as missing:

@@ -8,12 +8,12 @@ __all__ = ['RANGES', 'ParameterError', 'check_choice', 'with_defaults', 'check_r
            'main', 'expand_study']
 
 # %% ../nbs/00_study.ipynb #fec56cac
-import ast, contextlib, functools, hashlib, json, os, sys, time
+import ast, contextlib, functools, hashlib, json, os, re, sys, time
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
-from .disk import only_one, write_json
+from .disk import is_held, only_one, write_json
 
 # %% ../nbs/00_study.ipynb #f9068b88
 class ParameterError(ValueError):
@@ -153,14 +153,20 @@ def check_values(
         if isinstance(values.get(name), str) and values[name]: check_target(name, values[name])
 
 # %% ../nbs/00_study.ipynb #ac844b94
-def _lean(notebook: Path):
-    "A chapter's definitions, parameters and cells tagged `work`; all of it if no cell is."
+def _lean(notebook: Path, given: Iterable[str]):
+    "A chapter's definitions, parameters and cells tagged `work`; all of it if no cell is. Raises `ParameterError` for a given parameter that only other cells use."
     import nbformat
     nb = nbformat.read(notebook, as_version=4)
     tags = [set(c.metadata.get("tags", [])) for c in nb.cells]
-    if any("work" in t for t in tags): nb.cells = [c for c, t in zip(nb.cells, tags) if c.source.startswith("#|") or t & {"parameters", "work"}]
+    if not any("work" in t for t in tags): return nb
+    keep = [c.source.startswith("#|") or bool(t & {"parameters", "work"}) for c, t in zip(nb.cells, tags)]
+    for name in given:
+        users = {k for c, t, k in zip(nb.cells, tags, keep) if c.cell_type == "code" and "parameters" not in t and re.search(rf"\b{name}\b", c.source)}
+        if users == {False}: raise ParameterError(f"{name} is used only in cells that a lean run leaves out")
+    nb.cells = [c for c, k in zip(nb.cells, keep) if k]
     return nb
 
+# %% ../nbs/00_study.ipynb #f2f61788
 def run_notebook(
     notebook: str | Path,   # the chapter
     output: str | Path,     # where the executed copy goes; not under the notebook's own folder
@@ -174,10 +180,12 @@ def run_notebook(
     if output.is_relative_to(notebook.parent): raise ParameterError(f"output = {output} lies in the notebook folder; nbdev would export it")
     parameters = check_parameters(parameters, notebook_parameters(notebook))
     check_values(parameters)
-    failed, note = output.with_suffix(".failed.ipynb"), output.with_suffix(".progress.json")
+    source = _lean(notebook, parameters) if lean else str(notebook)
+    failed, note, lock = (output.with_suffix(end) for end in (".failed.ipynb", ".progress.json", ".lock"))
+    if not is_held(lock): failed.unlink(missing_ok=True)                                # of an earlier attempt
     os.environ.update(WLSFT_QUIET="1", WLSFT_PROGRESS=str(note))
-    with only_one(output.with_suffix(".lock")):
-        try: papermill.execute_notebook(_lean(notebook) if lean else str(notebook), str(failed), parameters, cwd=str(Path.cwd()), progress_bar=False, kernel_name="python3")
+    with only_one(lock):
+        try: papermill.execute_notebook(source, str(failed), parameters, cwd=str(Path.cwd()), progress_bar=False, kernel_name="python3")
         finally: note.unlink(missing_ok=True)
         os.replace(failed, output)
     return output
@@ -229,5 +237,6 @@ def expand_study(
         for values in itertools.product(*(run[k] for k in keys)):
             for seed in range(seeds):
                 p = {**(spec.get("defaults") or {}), "seed": seed, **run, **dict(zip(keys, values)), **everywhere}
+                p = {k: parse_value(v) if isinstance(v, str) else v for k, v in p.items()}      # YAML takes 3e-4 for text
                 if p not in out: out.append(p)
     return out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STL_TO_CIFAR', 'SUITES', 'SIZES', 'Part', 'tree', 'held_out', 'assemble', 'objectnet_part', 'canary', 'check_suite',
-           'pin_suite', 'load_suite', 'load_training']
+           'suite_stamp', 'pin_suite', 'load_suite', 'load_training']
 
 # %% ../nbs/00_suites.ipynb #bdf3d130
 import hashlib, json
@@ -21,7 +21,7 @@ from .encoders import Encoder
 from .data import DataError, Suite, data_folder, emojishift_suite, load_emojishift
 from .files import ImageFiles, Items, Paths, Source
 from .pairs import PHOTOS, class_files, imagenet_ids, is_own, is_validation, within
-from .study import check_choice
+from .study import check_choice, digest
 
 # %% ../nbs/00_suites.ipynb #ca6368ff
 @dataclass(frozen=True)
@@ -221,6 +221,14 @@ def check_suite(suite: str) -> None:
     "Refuse a name that is neither a suite nor NAME=FOLDER."
     if not is_own(suite): check_choice("suite", suite, ["emojishift", *SUITES, "or NAME=FOLDER"])
 
+def suite_stamp(suite: str, root: str | Path = "") -> str:
+    "A hash of the names and sizes of all files of one's own folder, or of a suite's pin; empty where there is none."
+    if not is_own(suite): return digest(pin.read_text()) if (pin := data_folder(root) / f"canaries/{suite}.json").is_file() else ""
+    base = Path(suite.partition("=")[2])
+    if not base.is_dir(): raise DataError(f"suite {suite} is not there; expected: a folder with train, id-test and others")
+    return digest(sorted((str(f.relative_to(base)), f.stat().st_size) for f in base.rglob("*") if f.is_file()))
+
+# %% ../nbs/00_suites.ipynb #590bdc95
 def _built(name: str, root: Path) -> tuple[list[str], Part, dict[str, Part], dict]:
     check_suite(name)
     classes, bank, parts = _own(Path(name.partition("=")[2])) if is_own(name) else SUITES[name](root)

@@ -208,7 +208,7 @@ def train_run(
     runs: str | Path = "", root: str | Path = "", device: str = "" # where runs are kept; the data folder; see `pick_device`
 ) -> Path:                                       # the run's folder
     "Train one run, resuming or skipping as the folder allows."
-    p = with_defaults(params, DEFAULTS)
+    p = check_parameters(with_defaults(params, DEFAULTS), DEFAULTS)
     check_train(p)
     folder = runs_folder(runs) / run_name(p, root)
     with claimed(folder / ".lock", folder / "run.json") as missing:
