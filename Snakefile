@@ -49,7 +49,7 @@ rule train:
     output: update(f"{RUNS}/{{run}}/run.json"), update(f"{RUNS}/{{run}}/theta.safetensors"),
     log: f"{RUNS}/{{run}}/train.log",
     params:
-        flags=lambda w: flags(dict(RUN[w.run].params, study=STUDY, data=DATA, runs=RUNS)),
+        flags=lambda w: flags(dict(RUN[w.run].params, data=DATA, runs=RUNS)),
         first=lambda w: together(dict(RUN[w.run].params, data=DATA, runs=RUNS)),
         notebook=lambda w: RUN[w.run].chapter,
         note=lambda w: f"{RUNS}/{w.run}/train.progress.json",

@@ -77,11 +77,12 @@ def test_study_expands_to_known_parameters(study):
     from wlsft.flyp import name_of, settled
     from wlsft.interpolation import SWEEP, settled_sweep
     from wlsft.pairs import REAL
-    from wlsft.study import check_parameters, expand_study
+    from wlsft.study import _lean, check_parameters, expand_study
     runs, names = expand_study(ROOT / f"nbs/studies/{study}.yaml", 2), set()
     for run in runs:
         chapter, known = settled({k: v for k, v in run.items() if k not in SWEEP or k == "suite" and "method" in run})
         check_parameters(known, notebook_parameters(ROOT / f"nbs/{chapter}.ipynb"))
+        _lean(ROOT / f"nbs/{chapter}.ipynb", known)                                         # refuses what only a demonstration would use
         settled_sweep({k: v for k, v in run.items() if k in SWEEP})
         names.add(str(known) if study in REAL else name_of(known))                          # names need the files: tests/test_photographs.py
     assert len(names) == len(runs)
