@@ -30,6 +30,7 @@ class Planned:
     sweep: dict[str, Any]         # of chapter 05
     rows: str                     # name of the sweep; its table is `rows-NAME.parquet` in the run's folder
 
+# %% ../nbs/12_status.ipynb #f4cad78b
 def study_plan(
     path: str | Path,             # a YAML file of `nbs/studies`
     seeds: int = 1, everywhere: dict = {}, root: str | Path = "" # see `expand_study` and `data_folder`
@@ -37,8 +38,10 @@ def study_plan(
     "Every run and sweep of a study. Raises `ParameterError` and `DataError` for what cannot be run, before anything is."
     plan = {}
     for p in expand_study(path, int(check_range("seeds", seeds, 1, 100, integer=True)), everywhere):
-        chapter, known = settled({k: v for k, v in p.items() if k not in SWEEP or k == "suite" and "method" in p})   # chapters 06 and 07 train on a suite's images
-        sweep = settled_sweep({k: v for k, v in p.items() if k in SWEEP})
+        try:
+            chapter, known = settled({k: v for k, v in p.items() if k not in SWEEP or k == "suite" and "method" in p})   # chapters 06 and 07 train on a suite's images
+            sweep = settled_sweep({k: v for k, v in p.items() if k in SWEEP})
+        except ParameterError as e: raise ParameterError(f"{path}: {e}") from e
         sweep["cells"] = sweep["cells"] or sweep["steps"] == SWEEP["steps"]                 # whole sweeps score every cell at their ends
         run, rows = name_of(known, root), sweep_name(sweep, root)
         plan[run, rows] = Planned(run, chapter, known, sweep, rows)
