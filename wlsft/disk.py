@@ -19,9 +19,7 @@ def _lock(f: int | IO, kind: int) -> bool | None:
     "Take the lock of an open file if nobody else has it: was it taken? None on a file system without locks."
     try: fcntl.flock(f, kind | fcntl.LOCK_NB)
     except BlockingIOError: return False
-    except OSError as e:
-        if e.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP): return None
-        raise
+    except OSError: return None
     return True
 
 def is_held(path: str | Path) -> bool:
