@@ -41,7 +41,7 @@ prune: setup
 
 test: setup
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 pytest -q -n 2
+	OMP_NUM_THREADS=1 pytest -q -n 2 --dist worksteal
 
 bench: setup
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev,bench]'

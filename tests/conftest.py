@@ -7,6 +7,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 
+def pytest_collection_modifyitems(items):
+    "The longest tests first, so that no worker is left with one at the end."
+    items.sort(key=lambda item: item.path.stem not in ("test_readme", "test_end_to_end"))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     "Captions, a suite and an encoder's weights with which a whole run takes seconds."
