@@ -1,7 +1,7 @@
 # The study as a graph: every run trains (chapter 03, 06 or 07), is swept over alpha (05), and all rows together give the figures (09).
 # A run's folder is named by a hash of parameters, code and data, so what is there is never computed again.
 #   snakemake --config study=grid seeds=3 data=/path        (the Makefile's `study` does this)
-#   snakemake --executor slurm --jobs 20 --nolock --config study=grid gpus=1       (a cluster; see CONTRIBUTING.md)
+#   snakemake --executor slurm --jobs 20 --nolock --keep-incomplete --config study=grid gpus=1       (a cluster; see CONTRIBUTING.md)
 import shlex
 
 import yaml
@@ -26,7 +26,7 @@ def together(p: dict) -> str:
 
 
 def flags(p: dict) -> str:
-    "Parameters as wlsft-run wants them; values are YAML."
+    "Parameters as wlsft-run wants them, quoted for the shell."
     return " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in p.items())
 
 
@@ -62,7 +62,7 @@ rule train:
 
 
 rule sweep:
-    input: rules.train.output
+    input: rules.train.output,
     output: update(f"{RUNS}/{{run}}/rows-{{rows}}.parquet"),
     log: f"{RUNS}/{{run}}/sweep-{{rows}}.log",
     params:

@@ -19,7 +19,6 @@ STUDIES = dict(one=("{lr: 0.01}",), two=("{lr: 1e-2, steps: 2}", "{lr: 0.02}")) 
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-
 def home(folder, tiny):
     "The project's chapters, two small studies, and `runs` and `figures` of its own."
     (folder / "nbs/studies").mkdir(parents=True)

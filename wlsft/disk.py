@@ -47,7 +47,7 @@ def atomic_write(
     path: str | Path # the file to make; its folder is made if it is missing
 ) -> Iterator[Path]: # write to this one
     "Give a temporary path in the same folder; on success move it to `path` in one step, on failure remove it. Raises `OSError` naming `path` where nothing can be written."
-    path, name, handle = Path(os.path.realpath(path)), "", -1
+    path = Path(os.path.realpath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
@@ -68,7 +68,7 @@ def atomic_write(
 def _clear(path: Path) -> None:
     "Remove the temporaries of `path` that killed writers left: nobody holds them, and they are not of this minute."
     for old in path.parent.glob(f".{glob.escape(path.name)}.????????{glob.escape(path.suffix)}"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > 60 and not is_held(old): old.unlink()
 
 # %% ../nbs/00_disk.ipynb #e9d3847f

@@ -67,13 +67,11 @@ def alpha_sweep(
 ) -> pd.DataFrame:                # the columns of `wlsft.figures.COLUMNS`
     "Rows of theta(alpha) for every alpha: k-NN, and a classifier's head, for FLYP that of its words; the run's encoder is left at `theta_0`."
     p, parts = run.info["parameters"], []
+    path = Path(scratch) / f"{run.name}-{_asked(suite, alphas, cells, deep, bf16, tolerance)}.npy" if scratch else None
+    if path and path.with_suffix(".parquet").is_file(): return pd.read_parquet(path.with_suffix(".parquet")).assign(study=study)
     held = [s for s in suite.sets if suite.shift[s] != "SEEN"]
     run.encoder.to(pick_device(device)).load_state_dict(run.theta_0)
     before = held_out_features(run.encoder, suite) if deep else None
-    names = [suite.images.name(i) for i in range(len(suite.images))] if isinstance(suite.images, ImageFiles) else list(suite.images.shape)
-    asked = digest([suite.name, names, suite.labels.tolist(), {s: q.tolist() for s, q in suite.sets.items()}, code_digest(*CODE), cells, deep, bf16, tolerance, [round(float(a), 6) for a in alphas]])
-    path = Path(scratch) / f"{run.name}-{asked}.npy" if scratch else None
-    if path and path.with_suffix(".parquet").is_file(): return pd.read_parquet(path.with_suffix(".parquet")).assign(study=study)
     at = _features(run, suite, alphas, held, cells, path, bf16, tolerance)
     for alpha in progress(alphas, "alpha"):
         parts.append(_scores(run, suite, at(alpha), float(alpha), held, cells, before).assign(alpha=round(float(alpha), 6)))
@@ -83,6 +81,12 @@ def alpha_sweep(
         write_rows(rows, path.with_suffix(".parquet"))
         for f in path.parent.glob(f"{path.stem}*.npy"): f.unlink(missing_ok=True)
     return rows
+
+# %% ../nbs/05_interpolation.ipynb #2b84e98f
+def _asked(suite: Suite, alphas: Sequence[float], *options: object) -> str:
+    "A hash of a sweep over a suite at hand: its images by name, labels and sets, and the code."
+    names = [suite.images.name(i) for i in range(len(suite.images))] if isinstance(suite.images, ImageFiles) else list(suite.images.shape)
+    return digest([suite.name, names, suite.labels.tolist(), {s: q.tolist() for s, q in suite.sets.items()}, code_digest(*CODE), [round(float(a), 6) for a in alphas], options])
 
 # %% ../nbs/05_interpolation.ipynb #e653893a
 def _scores(run: Run, suite: Suite, features: torch.Tensor, alpha: float, held: list[str], cells: bool, before: dict | None) -> pd.DataFrame:

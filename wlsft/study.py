@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
-from .disk import is_held, only_one, write_json
+from .disk import only_one, write_json
 
 # %% ../nbs/00_study.ipynb #f9068b88
 class ParameterError(ValueError):
@@ -181,10 +181,9 @@ def run_notebook(
     parameters = check_parameters(parameters, notebook_parameters(notebook))
     check_values(parameters)
     source = _lean(notebook, parameters) if lean else str(notebook)
-    failed, note, lock = (output.with_suffix(end) for end in (".failed.ipynb", ".progress.json", ".lock"))
-    if not is_held(lock): failed.unlink(missing_ok=True)                                # of an earlier attempt
+    failed, note = output.with_suffix(".failed.ipynb"), output.with_suffix(".progress.json")
     os.environ.update(WLSFT_QUIET="1", WLSFT_PROGRESS=str(note))
-    with only_one(lock):
+    with only_one(output.with_suffix(".lock")):
         try: papermill.execute_notebook(source, str(failed), parameters, cwd=str(Path.cwd()), progress_bar=False, kernel_name="python3")
         finally: note.unlink(missing_ok=True)
         os.replace(failed, output)
