@@ -1,4 +1,5 @@
 "What several tests run on."
+
 import numpy as np
 import pytest
 import timm
@@ -23,7 +24,9 @@ def tiny(tmp_path_factory):
             for i in range(n):
                 path = folder / split / name / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                pixels = np.clip(np.array(colour) + rng.normal(0, 90 if "noisy" in split else 30, (48, 48, 3)), 0, 255)
+                pixels = np.clip(
+                    np.array(colour) + rng.normal(0, 90 if "noisy" in split else 30, (48, 48, 3)), 0, 255
+                )
                 Image.fromarray(pixels.astype(np.uint8)).save(path)
                 if split == "images":
                     lines.append(f"images/{name}/{i}.png,a {name} square number {i}")

@@ -1,4 +1,5 @@
 "The graph on a scheduler, two studies at once, and a kill of all of it: on a study of tiny runs, in a folder of its own."
+
 import os
 import random
 import shutil
@@ -13,9 +14,13 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(not os.environ.get("REQUIRE_CLUSTER"), reason="takes minutes; REQUIRE_CLUSTER=1 asks for it")
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("REQUIRE_CLUSTER"), reason="takes minutes; REQUIRE_CLUSTER=1 asks for it"
+)
 RUN = "{{encoder: 'test_vit={0}/vit.safetensors', adapter: film, corpus: 'mine={0}/captions.csv', suite: 'mine={0}/suite', steps: 1, batch_size: 16}}"
-STUDIES = dict(one=("{lr: 0.01}",), two=("{lr: 1e-2, steps: 2}", "{lr: 0.02}"))                # they share a run, and sweep it differently
+STUDIES = dict(
+    one=("{lr: 0.01}",), two=("{lr: 1e-2, steps: 2}", "{lr: 0.02}")
+)  # they share a run, and sweep it differently
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -25,13 +30,38 @@ def home(folder, tiny):
     for chapter in ("03_train", "05_interpolation", "09_figures"):
         (folder / f"nbs/{chapter}.ipynb").symlink_to(ROOT / f"nbs/{chapter}.ipynb")
     for name, runs in STUDIES.items():
-        (folder / f"nbs/studies/{name}.yaml").write_text(f"defaults: {RUN.format(tiny)}\nruns:\n" + "".join(f"- {run}\n" for run in runs))
+        (folder / f"nbs/studies/{name}.yaml").write_text(
+            f"defaults: {RUN.format(tiny)}\nruns:\n" + "".join(f"- {run}\n" for run in runs)
+        )
     return folder
 
 
 def graph(folder, study, *more, gpus=0):
-    args = ["snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder, "--cores", "1", "--nolock", "--rerun-triggers", "mtime", "--rerun-incomplete", "--keep-incomplete", *more, "--config", f"study={study}"]
-    return subprocess.Popen([*map(str, args), f"runs={folder / 'runs'}", f"gpus={gpus}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, start_new_session=True)
+    args = [
+        "snakemake",
+        "--snakefile",
+        ROOT / "Snakefile",
+        "--directory",
+        folder,
+        "--cores",
+        "1",
+        "--nolock",
+        "--rerun-triggers",
+        "mtime",
+        "--rerun-incomplete",
+        "--keep-incomplete",
+        *more,
+        "--config",
+        f"study={study}",
+    ]
+    return subprocess.Popen(
+        [*map(str, args), f"runs={folder / 'runs'}", f"gpus={gpus}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENV,
+        start_new_session=True,
+    )
 
 
 def finished(p, seconds=600):
@@ -58,10 +88,12 @@ def test_two_studies_at_once(whole, tiny, tmp_path):
     folder = home(tmp_path / "both", tiny)
     for p in [graph(folder, study) for study in STUDIES]:
         finished(p)
-    assert len(list(folder.glob("runs/*/run.json"))) == 2                                   # the shared run is there once
+    assert len(list(folder.glob("runs/*/run.json"))) == 2  # the shared run is there once
     for study in STUDIES:
         same_rows(folder, whole, study)
-        assert (folder / f"figures/{study}/alpha.csv").read_bytes() == (whole / f"figures/{study}/alpha.csv").read_bytes()
+        assert (folder / f"figures/{study}/alpha.csv").read_bytes() == (
+            whole / f"figures/{study}/alpha.csv"
+        ).read_bytes()
 
 
 def test_kill_the_whole_graph(whole, tiny, tmp_path):
@@ -69,7 +101,7 @@ def test_kill_the_whole_graph(whole, tiny, tmp_path):
     for _ in range(int(os.environ.get("KILLS", 12)) // 4):
         p = graph(folder, "one")
         time.sleep(rng.uniform(8, 40))
-        os.killpg(p.pid, signal.SIGKILL)                                                    # kernels have sessions of their own
+        os.killpg(p.pid, signal.SIGKILL)  # kernels have sessions of their own
         subprocess.run(["pkill", "-9", "-f", str(folder)])
         p.communicate()
     finished(graph(folder, "one"))
@@ -121,17 +153,37 @@ def slurm(tmp_path, monkeypatch):
     (d / "slurm.conf").write_text(CONF.format(host=host, d=d, ports=(free_port(), free_port())))
     (d / "gres.conf").write_text(f"NodeName={host} Name=gpu File=/dev/null\n")
     monkeypatch.setitem(ENV, "SLURM_CONF", str(d / "slurm.conf"))
-    place = Path("/etc/slurm/slurm.conf")                                                   # the executor takes SLURM_ variables out of a job
+    place = Path("/etc/slurm/slurm.conf")  # the executor takes SLURM_ variables out of a job
     if place.exists() and not place.is_symlink():
         pytest.skip("this machine belongs to a cluster")
     place.parent.mkdir(exist_ok=True)
     place.unlink(missing_ok=True)
     place.symlink_to(d / "slurm.conf")
-    munge = ["munged", "--foreground", "--force", *(f"--{k}={d / v}" for k, v in {"key-file": "key", "socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "munge.seed"}.items())]
+    munge = [
+        "munged",
+        "--foreground",
+        "--force",
+        *(
+            f"--{k}={d / v}"
+            for k, v in {
+                "key-file": "key",
+                "socket": "munge.socket",
+                "pid-file": "munge.pid",
+                "log-file": "munge.log",
+                "seed-file": "munge.seed",
+            }.items()
+        ),
+    ]
     with open(d / "out", "w") as out:
-        daemons = [subprocess.Popen(c, env=ENV, stdout=out, stderr=out) for c in (munge, ["slurmctld", "-D"], ["slurmd", "-D"])]
+        daemons = [
+            subprocess.Popen(c, env=ENV, stdout=out, stderr=out)
+            for c in (munge, ["slurmctld", "-D"], ["slurmd", "-D"])
+        ]
         for _ in range(60):
-            if "idle" in subprocess.run(["sinfo", "-h", "-o", "%T"], env=ENV, capture_output=True, text=True).stdout:
+            if (
+                "idle"
+                in subprocess.run(["sinfo", "-h", "-o", "%T"], env=ENV, capture_output=True, text=True).stdout
+            ):
                 break
             time.sleep(0.5)
         yield d
@@ -145,12 +197,40 @@ def slurm(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root starts the daemons")
 def test_slurm(whole, slurm, tiny, tmp_path):
     folder = home(tmp_path / "cluster", tiny)
-    flags = ["--executor", "slurm", "--jobs", "2", "--slurm-status-command", "squeue", "--slurm-no-account", "--slurm-init-seconds-before-status-checks", "3", "--seconds-between-status-checks", "3"]
+    flags = [
+        "--executor",
+        "slurm",
+        "--jobs",
+        "2",
+        "--slurm-status-command",
+        "squeue",
+        "--slurm-no-account",
+        "--slurm-init-seconds-before-status-checks",
+        "3",
+        "--seconds-between-status-checks",
+        "3",
+    ]
     finished(graph(folder, "one", *flags, "--default-resources", "slurm_partition=main", gpus=1))
     same_rows(folder, whole, "one")
-    jobs = subprocess.run(["scontrol", "show", "job", "--oneliner"], env=ENV, capture_output=True, text=True).stdout.splitlines()
-    assert len(jobs) == 3 and all("JobState=COMPLETED" in j and "mem=4000M" in j for j in jobs), jobs  # a run, its sweep, the figures
-    asked = sorted(("TimeLimit=02:00:00" in j, "TresPerJob=gres:gpu:1" in j, "TimeLimit=00:30:00" in j) for j in jobs)
+    jobs = subprocess.run(
+        ["scontrol", "show", "job", "--oneliner"], env=ENV, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert len(jobs) == 3 and all("JobState=COMPLETED" in j and "mem=4000M" in j for j in jobs), (
+        jobs
+    )  # a run, its sweep, the figures
+    asked = sorted(
+        ("TimeLimit=02:00:00" in j, "TresPerJob=gres:gpu:1" in j, "TimeLimit=00:30:00" in j) for j in jobs
+    )
     assert asked == [(False, False, True), (True, True, False), (True, True, False)], jobs
-    states = subprocess.run([sys.executable, "-c", "from wlsft.status import *; print(study_status(study_plan('nbs/studies/one.yaml'), 'runs').state.tolist())"], cwd=folder, capture_output=True, text=True, env=ENV)
+    states = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from wlsft.status import *; print(study_status(study_plan('nbs/studies/one.yaml'), 'runs').state.tolist())",
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=ENV,
+    )
     assert "['swept']" in states.stdout, states.stderr[-2000:]

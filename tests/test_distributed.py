@@ -1,4 +1,5 @@
 "Two gloo processes: the loss and its gradients are those of one process with the whole batch, and open_clip's."
+
 import os
 import signal
 import socket
@@ -31,17 +32,21 @@ def tower():
 
 def pictures():
     torch.manual_seed(2)
-    return timm.create_model("test_vit", num_classes=0), torch.randint(0, 256, (21, 3, 32, 32), dtype=torch.uint8)
+    return timm.create_model("test_vit", num_classes=0), torch.randint(
+        0, 256, (21, 3, 32, 32), dtype=torch.uint8
+    )
 
 
 def loss_of(net, image, text, group, collisions):
-    return contrastive_loss(everyone(net(image)), everyone(net(text)), SCALE, everyone(group) if collisions else None)
+    return contrastive_loss(
+        everyone(net(image)), everyone(net(text)), SCALE, everyone(group) if collisions else None
+    )
 
 
 def work(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    image, text, group = (t[rank * N // 2:(rank + 1) * N // 2] for t in batch())
+    image, text, group = (t[rank * N // 2 : (rank + 1) * N // 2] for t in batch())
     out = {}
     for collisions in (False, True):
         net = torch.nn.parallel.DistributedDataParallel(tower())
@@ -49,9 +54,11 @@ def work(rank, port, folder):
         loss.backward()
         out[collisions] = (loss.detach(), net.module.weight.grad.clone())
     net, unit = tower(), torch.nn.functional.normalize
-    out["open_clip"] = ClipLoss(gather_with_grad=True, rank=rank, world_size=2)(unit(net(image), dim=1), unit(net(text), dim=1), SCALE).detach()
+    out["open_clip"] = ClipLoss(gather_with_grad=True, rank=rank, world_size=2)(
+        unit(net(image), dim=1), unit(net(text), dim=1), SCALE
+    ).detach()
     features = extract(*pictures(), f"{folder}/features.npy", batch_size=4)
-    assert torch.equal(features, extract(*pictures(), f"{folder}/features.npy"))          # the second time it is read
+    assert torch.equal(features, extract(*pictures(), f"{folder}/features.npy"))  # the second time it is read
     if rank == 0:
         torch.save(out, f"{folder}/out.pt")
     dist.destroy_process_group()
@@ -64,7 +71,11 @@ def two(tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mp.spawn(work, (port, str(folder)), nprocs=2)
-    return {**torch.load(folder / "out.pt", weights_only=True), "features": np.load(folder / "features.npy"), "files": sorted(f.name for f in folder.iterdir())}
+    return {
+        **torch.load(folder / "out.pt", weights_only=True),
+        "features": np.load(folder / "features.npy"),
+        "files": sorted(f.name for f in folder.iterdir()),
+    }
 
 
 @pytest.mark.parametrize("collisions", [False, True])
@@ -82,7 +93,7 @@ def test_two_processes_equal_open_clip(two):
 
 def test_two_processes_share_an_extraction(two):
     np.testing.assert_allclose(two["features"], embed(*pictures()).numpy(), atol=1e-5, rtol=1e-4)
-    assert two["files"] == ["features.npy", "out.pt"]                                     # no notes, no halves
+    assert two["files"] == ["features.npy", "out.pt"]  # no notes, no halves
 
 
 BREAKS = """
@@ -99,11 +110,31 @@ main(sys.argv[1:])
 
 @pytest.mark.parametrize("death", ["killed", "raises"])
 def test_a_rank_that_dies_ends_the_job(tiny, tmp_path, death):
-    p = dict(encoder=f"test_vit={tiny / 'vit.safetensors'}", corpus=f"mine={tiny / 'captions.csv'}", batch_size=16, epochs=5000, lr=0.01, runs=tmp_path / "runs", device="cpu")
+    p = dict(
+        encoder=f"test_vit={tiny / 'vit.safetensors'}",
+        corpus=f"mine={tiny / 'captions.csv'}",
+        batch_size=16,
+        epochs=5000,
+        lr=0.01,
+        runs=tmp_path / "runs",
+        device="cpu",
+    )
     (tmp_path / "breaks.py").write_text(BREAKS)
     what = ["--no-python", "wlsft-train"] if death == "killed" else [str(tmp_path / "breaks.py")]
-    job = subprocess.Popen(["torchrun", "--standalone", "--nproc_per_node", "2", *what, *(x for k, v in p.items() for x in ("-p", k, str(v)))],
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "WLSFT_QUIET": "1"})
+    job = subprocess.Popen(
+        [
+            "torchrun",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            *what,
+            *(x for k, v in p.items() for x in ("-p", k, str(v))),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "WLSFT_QUIET": "1"},
+    )
     if death == "killed":
         while not list(tmp_path.glob("runs/*/state.pt")):
             assert job.poll() is None
@@ -113,5 +144,9 @@ def test_a_rank_that_dies_ends_the_job(tiny, tmp_path, death):
     start = time.time()
     said, _ = job.communicate(timeout=240)
     assert job.returncode != 0 and not list(tmp_path.glob("runs/*/run.json"))
-    assert ("SIGKILL" if death == "killed" else "rank 1 lost its disk") in said[said.index("Root Cause"):], said[-3000:]
-    assert death == "raises" or time.time() - start < 60 and list(tmp_path.glob("runs/*/state.pt"))    # what was whole is kept
+    assert ("SIGKILL" if death == "killed" else "rank 1 lost its disk") in said[said.index("Root Cause") :], (
+        said[-3000:]
+    )
+    assert (
+        death == "raises" or time.time() - start < 60 and list(tmp_path.glob("runs/*/state.pt"))
+    )  # what was whole is kept

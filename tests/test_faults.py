@@ -1,4 +1,5 @@
 "Bad input is refused by name: parameters on the command line, truncated files, foreign checkpoints."
+
 import json
 import os
 import shutil
@@ -18,25 +19,37 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(*args):
-    return subprocess.run(["wlsft-run", *map(str, args)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return subprocess.run(
+        ["wlsft-run", *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
 
 
-@pytest.mark.parametrize("name, value, says", [
-    ("alhpa", 0.9, "unknown parameter 'alhpa'; this notebook knows: alpha"),
-    ("alpha", "half", "alpha = 'half' is a str; it must be a float"),
-    ("k", 2.5, "k = 2.5 is a float; it must be a int"),
-    ("alpha", 1.7, "alpha = 1.7 is not allowed; it must be a number from 0 to 1"),
-])
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("alhpa", 0.9, "unknown parameter 'alhpa'; this notebook knows: alpha"),
+        ("alpha", "half", "alpha = 'half' is a str; it must be a float"),
+        ("k", 2.5, "k = 2.5 is a float; it must be a int"),
+        ("alpha", 1.7, "alpha = 1.7 is not allowed; it must be a number from 0 to 1"),
+    ],
+)
 def test_runner_refuses_before_anything_runs(tmp_path, name, value, says):
     done = run("nbs/04_knn_eval.ipynb", tmp_path / "out.ipynb", "-p", name, value)
     assert done.returncode != 0 and says in done.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("chapter, name, value, says", [
-    ("04_knn_eval", "run", "no-such-run", "run = 'no-such-run' is not known; allowed: "),
-    ("01_adapters", "encoder", "vit_enormous", "encoder = 'vit_enormous' is not known"),
-    ("00_data", "corpus", "emojishift-poems", "allowed: emojishift-prompts"),
-])
+@pytest.mark.parametrize(
+    "chapter, name, value, says",
+    [
+        ("04_knn_eval", "run", "no-such-run", "run = 'no-such-run' is not known; allowed: "),
+        ("01_adapters", "encoder", "vit_enormous", "encoder = 'vit_enormous' is not known"),
+        ("00_data", "corpus", "emojishift-poems", "allowed: emojishift-prompts"),
+    ],
+)
 def test_chapters_refuse_wrong_values(tmp_path, chapter, name, value, says):
     done = run(f"nbs/{chapter}.ipynb", tmp_path / "out.ipynb", "-p", name, value)
     assert done.returncode != 0 and says in done.stderr
@@ -50,21 +63,32 @@ STRANGE = [None, True, -1, 1.5, float("nan"), float("inf"), 10**12, "seven", [],
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_notebook_refuses_wrong_values(path):
     defaults, refused = notebook_parameters(path), 0
-    cells = [c["source"] if isinstance(c["source"], str) else "".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    cells = [
+        c["source"] if isinstance(c["source"], str) else "".join(c["source"])
+        for c in json.loads(path.read_text())["cells"]
+        if c["cell_type"] == "code"
+    ]
     at = next(i for i, c in enumerate(cells) if c.startswith(tuple(f"{name}: " for name in defaults)))
-    assert "check_values(globals())" in cells[at + 1]                                     # before any work, also under plain papermill
+    assert "check_values(globals())" in cells[at + 1]  # before any work, also under plain papermill
     for name, default in defaults.items():
         for value in STRANGE:
-            wrong_type = type(value) is not type(default) and not (isinstance(default, float) and type(value) is int)
+            wrong_type = type(value) is not type(default) and not (
+                isinstance(default, float) and type(value) is int
+            )
             number = value[0] if isinstance(value, list) and value else value
-            out_of_range = name in RANGES and not isinstance(number, (str, list)) and not wrong_type and not RANGES[name][0] <= number <= RANGES[name][1]
+            out_of_range = (
+                name in RANGES
+                and not isinstance(number, (str, list))
+                and not wrong_type
+                and not RANGES[name][0] <= number <= RANGES[name][1]
+            )
             if wrong_type or out_of_range:
                 refused += 1
                 with pytest.raises(ParameterError, match=name):
                     check_parameters({name: value}, defaults)
                     check_values({name: value})
                 space = {"__name__": "notebook"}
-                exec(cells[at], space)                                                    # the cell itself, then what papermill injects
+                exec(cells[at], space)  # the cell itself, then what papermill injects
                 with pytest.raises(ParameterError, match=name):
                     exec(f"{name} = value\n" + cells[at + 1], {**space, "value": value})
     assert refused >= 10
@@ -110,5 +134,7 @@ def test_rows_that_are_not_rows(tmp_path):
 
 
 def test_unknown_study_names_those_there_are():
-    done = subprocess.run(["snakemake", "-n", "--config", "study=nothing"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["snakemake", "-n", "--config", "study=nothing"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode != 0 and "there are: cc20k, coco10k, emojishift" in done.stdout + done.stderr

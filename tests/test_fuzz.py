@@ -1,4 +1,5 @@
 "Readers fed with damaged and hostile files: a `DataError`, a `ParameterError`, or an answer; never another exception, a hang or a swollen process. FUZZ says how many inputs a reader (FUZZ=10000 for an evening)."
+
 import io
 import json
 import os
@@ -26,7 +27,7 @@ from wlsft.pairs import coco_pairs, table_pairs, tar_pairs
 from wlsft.runs import load_run
 from wlsft.study import ParameterError, expand_study
 
-GUIDED = os.environ.get("GUIDED")                                                           # inputs a reader from atheris, which follows coverage
+GUIDED = os.environ.get("GUIDED")  # inputs a reader from atheris, which follows coverage
 FUZZ = int(os.environ.get("FUZZ", 100))
 REFUSED = (DataError, ParameterError)
 
@@ -40,7 +41,13 @@ def picture(kind, size=(40, 30)):
 def tar_bytes():
     b = io.BytesIO()
     with tarfile.open(fileobj=b, mode="w") as tar:
-        for name, body in (("0.jpg", picture("JPEG")), ("0.txt", b"a cat"), ("1.png", picture("PNG")), ("1.json", b'{"caption": "a dog"}'), ("../../2.jpg", picture("JPEG"))):
+        for name, body in (
+            ("0.jpg", picture("JPEG")),
+            ("0.txt", b"a cat"),
+            ("1.png", picture("PNG")),
+            ("1.json", b'{"caption": "a dog"}'),
+            ("../../2.jpg", picture("JPEG")),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(body)
             tar.addfile(info, io.BytesIO(body))
@@ -57,7 +64,12 @@ def parquet_bytes(folder):
     return (folder / "p").read_bytes()
 
 
-COCO = json.dumps(dict(images=[dict(id=i, file_name=f"{i}.jpg") for i in range(3)], annotations=[dict(image_id=i, caption=f"number {i}") for i in range(3)])).encode()
+COCO = json.dumps(
+    dict(
+        images=[dict(id=i, file_name=f"{i}.jpg") for i in range(3)],
+        annotations=[dict(image_id=i, caption=f"number {i}") for i in range(3)],
+    )
+).encode()
 STUDY = b"title: t\ndefaults: {encoder: e, epochs: 2}\nruns:\n- {adapter: [film, full], lr: 0.1}\n- {adapter: film, corpus: x}\n"
 
 
@@ -84,6 +96,7 @@ def written(name, read):
     def go(folder, raw):
         (folder / name).write_bytes(raw)
         return read(folder / name)
+
     return go
 
 
@@ -92,26 +105,60 @@ READERS = {  # name -> (what reads, a sound file)
     "png": (written("x.png", lambda p: ImageFiles.of(Paths([p]), 16).decode(0)), lambda f: picture("PNG")),
     "webp": (written("x.webp", lambda p: ImageFiles.of(Paths([p]), 16).decode(0)), lambda f: picture("WEBP")),
     "tiff": (written("x.tif", lambda p: ImageFiles.of(Paths([p]), 16).decode(0)), lambda f: picture("TIFF")),
-    "tar": (written("x.tar", lambda p: [TarMembers(tar_members(p)).read(i) for i in range(len(tar_members(p)))]), lambda f: tar_bytes()),
+    "tar": (
+        written("x.tar", lambda p: [TarMembers(tar_members(p)).read(i) for i in range(len(tar_members(p)))]),
+        lambda f: tar_bytes(),
+    ),
     "tar of pairs": (written("x.tar", lambda p: tar_pairs([p], 10)), lambda f: tar_bytes()),
     "table": (written("x.csv", table_pairs), lambda f: b'filepath,caption\na.jpg,"a, b"\n\xff.jpg,c\n'),
     "tabs": (written("x.tsv", table_pairs), lambda f: b"filepath\tcaption\na.jpg\tb\n"),
     "coco": (coco, lambda f: COCO),
     "safetensors": (written("x.safetensors", read_weights), weights_bytes),
-    "pth": (written("x.pth", read_weights), lambda f: (torch.save({"state_dict": {"a": torch.ones(2)}}, f / "t"), (f / "t").read_bytes())[1]),
+    "pth": (
+        written("x.pth", read_weights),
+        lambda f: (torch.save({"state_dict": {"a": torch.ones(2)}}, f / "t"), (f / "t").read_bytes())[1],
+    ),
     "rows": (written("rows.parquet", lambda p: read_rows([p])), parquet_bytes),
     "emojishift": (emoji, parquet_bytes),
     "run.json": (run_json, lambda f: (data_folder() / "runs/film-keywords/run.json").read_bytes()),
     "study": (written("x.yaml", lambda p: expand_study(p, 2)), lambda f: STUDY),
 }
-PIECES = [b"", b"\x00", b"\xff" * 8, b"\n", b",", b'"', b"[" * 50, b"{" * 50, b"-1", b"1e999", b"null", b"NaN", b"../", b"99999999999999999999", b"&a [*a, *a]", b"!!python/object/apply:os.system [x]"]
+PIECES = [
+    b"",
+    b"\x00",
+    b"\xff" * 8,
+    b"\n",
+    b",",
+    b'"',
+    b"[" * 50,
+    b"{" * 50,
+    b"-1",
+    b"1e999",
+    b"null",
+    b"NaN",
+    b"../",
+    b"99999999999999999999",
+    b"&a [*a, *a]",
+    b"!!python/object/apply:os.system [x]",
+]
 
 
 @st.composite
 def damage(draw):
     "Cut, overwrite, insert, repeat or swap, at places given as shares of the file."
     place = st.floats(0, 1, exclude_max=True)
-    return draw(st.lists(st.tuples(st.sampled_from(["cut", "put", "insert", "drop", "repeat", "flip"]), place, place, st.sampled_from(PIECES) | st.binary(max_size=6)), min_size=1, max_size=6))
+    return draw(
+        st.lists(
+            st.tuples(
+                st.sampled_from(["cut", "put", "insert", "drop", "repeat", "flip"]),
+                place,
+                place,
+                st.sampled_from(PIECES) | st.binary(max_size=6),
+            ),
+            min_size=1,
+            max_size=6,
+        )
+    )
 
 
 def damaged(raw, steps):
@@ -120,15 +167,15 @@ def damaged(raw, steps):
         if what == "cut":
             raw = raw[:j]
         elif what == "put":
-            raw = raw[:i] + piece + raw[i + len(piece):]
+            raw = raw[:i] + piece + raw[i + len(piece) :]
         elif what == "insert":
             raw = raw[:i] + piece + raw[i:]
         elif what == "drop":
-            raw = raw[:i] + raw[min(j, i + 64):]
+            raw = raw[:i] + raw[min(j, i + 64) :]
         elif what == "repeat":
-            raw = raw[:j] + raw[i:min(j, i + 4096)] + raw[j:]
+            raw = raw[:j] + raw[i : min(j, i + 4096)] + raw[j:]
         elif raw:
-            raw = raw[:i] + bytes([raw[i] ^ (1 << len(piece) % 8)]) + raw[i + 1:] if i < len(raw) else raw
+            raw = raw[:i] + bytes([raw[i] ^ (1 << len(piece) % 8)]) + raw[i + 1 :] if i < len(raw) else raw
     return raw
 
 
@@ -139,8 +186,14 @@ def test_damaged_files_are_read_or_refused(reader, tmp_path):
     raw = sound(tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    @settings(max_examples=FUZZ, deadline=None, database=None, derandomize=FUZZ <= 100, suppress_health_check=list(HealthCheck))
-    @example([("put", 0.5, 0.5, b"\x00")])                                                  # found by 7,000 inputs a reader
+    @settings(
+        max_examples=FUZZ,
+        deadline=None,
+        database=None,
+        derandomize=FUZZ <= 100,
+        suppress_health_check=list(HealthCheck),
+    )
+    @example([("put", 0.5, 0.5, b"\x00")])  # found by 7,000 inputs a reader
     @given(damage())
     def feed(steps):
         start = time.time()
@@ -151,7 +204,7 @@ def test_damaged_files_are_read_or_refused(reader, tmp_path):
         assert time.time() - start < 10
 
     feed()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000              # kilobytes
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # kilobytes
 
 
 GUIDE = """
@@ -177,14 +230,30 @@ atheris.Fuzz()
 def test_guided_damage(reader, tmp_path):
     size = len(READERS[reader][1](tmp_path))
     flags = [f"-runs={GUIDED}", f"-max_len={2 * size}", "-timeout=10", "-rss_limit_mb=4000"]
-    done = subprocess.run([sys.executable, "-Wignore", "-c", GUIDE.format(tests=str(Path(__file__).parent)), reader, str(tmp_path), *flags], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-Wignore",
+            "-c",
+            GUIDE.format(tests=str(Path(__file__).parent)),
+            reader,
+            str(tmp_path),
+            *flags,
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and f"Done {GUIDED} runs" in done.stderr, (done.stdout + done.stderr)[-4000:]
 
 
 def test_a_tar_is_never_unpacked_and_a_compressed_one_is_refused(tmp_path):
     (tmp_path / "x.tar").write_bytes(tar_bytes())
     inside = {p for p in tmp_path.rglob("*")}
-    assert len(tar_pairs([tmp_path / "x.tar"], 10)[0]) == 3 and {p for p in tmp_path.rglob("*")} == inside and not (tmp_path.parent.parent / "2.jpg").exists()
+    assert (
+        len(tar_pairs([tmp_path / "x.tar"], 10)[0]) == 3
+        and {p for p in tmp_path.rglob("*")} == inside
+        and not (tmp_path.parent.parent / "2.jpg").exists()
+    )
     with tarfile.open(tmp_path / "y.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "x.tar")
     with pytest.raises(DataError, match="not a tar"):
@@ -192,13 +261,15 @@ def test_a_tar_is_never_unpacked_and_a_compressed_one_is_refused(tmp_path):
 
 
 def test_bombs(tmp_path):
-    Image.new("1", (12_000, 12_000)).save(tmp_path / "bomb.png")                                # 18 kB on disk
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "bomb.png")  # 18 kB on disk
     with pytest.raises(DataError, match=r"bomb\.png cannot be decoded"):
         ImageFiles.of(Paths([tmp_path / "bomb.png"]), 16).decode(0)
     (tmp_path / "run.json").write_text("[" * 100_000)
     with pytest.raises(DataError, match=r"run\.json"):
         load_run(str(tmp_path))
-    (tmp_path / "laughs.yaml").write_text("a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nruns: *b\n")
+    (tmp_path / "laughs.yaml").write_text(
+        "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nruns: *b\n"
+    )
     with pytest.raises(ParameterError, match="is not a study"):
         expand_study(tmp_path / "laughs.yaml")
 

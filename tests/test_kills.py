@@ -1,4 +1,5 @@
 "SIGKILL at random moments of data, recording, training, sweep and figure: what a rerun leaves is what an undisturbed run leaves, bit for bit. KILLS says how many."
+
 import multiprocessing as mp
 import os
 import random
@@ -15,7 +16,9 @@ import pytest
 
 KILLS = int(os.environ.get("KILLS", 12))
 ctx = mp.get_context("forkserver")
-ctx.set_forkserver_preload(["wlsft.interpolation", "wlsft.figures", "wlsft.train", "wlsft.suites", "transformers", "timm"])
+ctx.set_forkserver_preload(
+    ["wlsft.interpolation", "wlsft.figures", "wlsft.train", "wlsft.suites", "transformers", "timm"]
+)
 
 
 def job(folder, data, seed=0):
@@ -26,14 +29,26 @@ def job(folder, data, seed=0):
     from wlsft.runs import load_run
     from wlsft.suites import load_suite
     from wlsft.train import train_run
+
     os.environ["WLSFT_QUIET"] = "1"
     torch.set_num_threads(1)
     folder, data = Path(folder), Path(data)
-    params = dict(encoder=f"test_vit={data / 'vit.safetensors'}", corpus=f"mine={data / 'captions.csv'}", adapter="token-replay", memory=8, epochs=3, batch_size=16, seed=seed)
+    params = dict(
+        encoder=f"test_vit={data / 'vit.safetensors'}",
+        corpus=f"mine={data / 'captions.csv'}",
+        adapter="token-replay",
+        memory=8,
+        epochs=3,
+        batch_size=16,
+        seed=seed,
+    )
     run = load_run(train_run(params, folder), folder)
-    rows = alpha_sweep(run, load_suite(f"mine={data / 'suite'}", size=160), [0, 0.5, 1], "kills", scratch=folder / "scratch")
+    rows = alpha_sweep(
+        run, load_suite(f"mine={data / 'suite'}", size=160), [0, 0.5, 1], "kills", scratch=folder / "scratch"
+    )
     write_rows(rows, folder / "rows.parquet")
     import matplotlib.pyplot as plt
+
     fig, ax = plt.subplots()
     ax.plot(rows.alpha, rows.value, ".")
     save_figure(fig, rows[["alpha", "set", "value"]], folder, "figure")
@@ -44,7 +59,13 @@ def left(folder):
     "What a finished job leaves, without what says how long it took."
     (theta,) = Path(folder).glob("*/theta.safetensors")
     assert not [p for p in Path(folder).rglob("*") if p.suffix == ".npy" and "scratch" in p.parts]
-    return theta.parent.name, theta.read_bytes(), pd.read_parquet(f"{folder}/rows.parquet"), Path(f"{folder}/figure.csv").read_bytes(), Path(f"{folder}/figure.png").read_bytes()
+    return (
+        theta.parent.name,
+        theta.read_bytes(),
+        pd.read_parquet(f"{folder}/rows.parquet"),
+        Path(f"{folder}/figure.csv").read_bytes(),
+        Path(f"{folder}/figure.png").read_bytes(),
+    )
 
 
 def same(a, b):
@@ -54,6 +75,7 @@ def same(a, b):
 def in_small_files(limit, said, *args):
     "The job where no file may have more bytes than the limit; its error goes to the file `said`."
     import resource
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     attempt(said, *args)
 
@@ -79,7 +101,7 @@ def data(tiny):
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     "An undisturbed run: what it left, how long it took, and its folder."
-    for name in ("warm", "whole"):                                                          # the first one waits for the server's imports
+    for name in ("warm", "whole"):  # the first one waits for the server's imports
         folder, start = tmp_path_factory.mktemp(name), time.time()
         p = run(folder, data)
         p.join()
@@ -114,11 +136,18 @@ def test_the_same_command_twice_and_another_seed(data, whole, tmp_path):
         assert p.exitcode == 0
     assert same(left(tmp_path / "again"), whole[0])
     other, rows = left(tmp_path / "seed"), whole[0][2]
-    assert other[1] != whole[0][1]                                                          # a seed changes what is learned
-    assert np.allclose(other[2].value[other[2].alpha == 0], rows.value[rows.alpha == 0])     # the pretrained encoder has no seed
+    assert other[1] != whole[0][1]  # a seed changes what is learned
+    assert np.allclose(
+        other[2].value[other[2].alpha == 0], rows.value[rows.alpha == 0]
+    )  # the pretrained encoder has no seed
 
 
-STAGES = {"images-": [], "state.pt": ["cache"], ".npy.part": ["cache", "token-*"], "rows.parquet": ["cache", "token-*", "scratch"]}
+STAGES = {
+    "images-": [],
+    "state.pt": ["cache"],
+    ".npy.part": ["cache", "token-*"],
+    "rows.parquet": ["cache", "token-*", "scratch"],
+}
 
 
 @pytest.mark.parametrize("file", STAGES)
@@ -131,7 +160,9 @@ def test_files_that_cannot_grow(data, whole, tmp_path, file):
     before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
     p = run(folder, data, in_small_files, (500, str(said)))
     p.join()
-    assert p.exitcode == 0 and re.search(rf"{file}.* cannot be written: File too large; what was there before is as it was", said.read_text()), said.read_text()
+    assert p.exitcode == 0 and re.search(
+        rf"{file}.* cannot be written: File too large; what was there before is as it was", said.read_text()
+    ), said.read_text()
     assert {f: f.read_bytes() for f in before} == before
     p = run(folder, data)
     p.join()
@@ -142,7 +173,9 @@ def test_files_that_cannot_grow(data, whole, tmp_path, file):
 def small_disk(tmp_path):
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True
+    ).returncode:
         pytest.skip("needs the right to mount a file system")
     yield place
     subprocess.run(["umount", place], check=True)
@@ -177,10 +210,21 @@ def test_a_place_that_is_only_read(data, tmp_path, small_disk):
 def test_training_does_not_depend_on_workers(data, tmp_path, monkeypatch):
     from wlsft import files
     from wlsft.lp_ft import train_classifier
+
     loader, left_by = files._loader, {}
     for n in (0, 1, 3):
-        monkeypatch.setattr(files, "_loader", lambda images, rows, workers, strict, n=n: loader(images, rows, n, strict))
-        folder = train_classifier(dict(method="FT", encoder=f"test_vit={data / 'vit.safetensors'}", suite=f"mine={data / 'suite'}", batch_size=8), tmp_path / str(n))
+        monkeypatch.setattr(
+            files, "_loader", lambda images, rows, workers, strict, n=n: loader(images, rows, n, strict)
+        )
+        folder = train_classifier(
+            dict(
+                method="FT",
+                encoder=f"test_vit={data / 'vit.safetensors'}",
+                suite=f"mine={data / 'suite'}",
+                batch_size=8,
+            ),
+            tmp_path / str(n),
+        )
         left_by[n] = (folder / "theta.safetensors").read_bytes()
     assert left_by[0] == left_by[1] == left_by[3]
 
@@ -188,7 +232,13 @@ def test_training_does_not_depend_on_workers(data, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):
     "The run stops before a weight moves, says where, and keeps the last whole epoch; a rerun goes on from there."
     from wlsft import train
-    params = dict(encoder=f"test_vit={data / 'vit.safetensors'}", corpus=f"mine={data / 'captions.csv'}", epochs=3, batch_size=16)
+
+    params = dict(
+        encoder=f"test_vit={data / 'vit.safetensors'}",
+        corpus=f"mine={data / 'captions.csv'}",
+        epochs=3,
+        batch_size=16,
+    )
     step, calls = train.train_step, []
 
     def breaks(*args):
@@ -198,9 +248,18 @@ def test_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):
         return step(*args)
 
     monkeypatch.setattr(train, "train_step", breaks)
-    with pytest.raises(FloatingPointError, match=r"epoch 2, step 2: the loss is nan; images \[\d+, .*the last whole epoch is kept"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"epoch 2, step 2: the loss is nan; images \[\d+, .*the last whole epoch is kept",
+    ):
         train.train_run(params, tmp_path / "runs")
     (state,) = tmp_path.glob("runs/*/state.pt")
     monkeypatch.setattr(train, "train_step", step)
-    resumed, undisturbed = train.train_run(params, tmp_path / "runs"), train.train_run(params, tmp_path / "whole")
-    assert not state.exists() and (resumed / "theta.safetensors").read_bytes() == (undisturbed / "theta.safetensors").read_bytes()
+    resumed, undisturbed = (
+        train.train_run(params, tmp_path / "runs"),
+        train.train_run(params, tmp_path / "whole"),
+    )
+    assert (
+        not state.exists()
+        and (resumed / "theta.safetensors").read_bytes() == (undisturbed / "theta.safetensors").read_bytes()
+    )

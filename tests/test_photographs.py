@@ -1,4 +1,5 @@
 "The studies of photographs, from files in the exact formats, on a ViT/16 shrunk to 64 wide: train, sweep, tables; two processes; the graph."
+
 import io
 import json
 import os
@@ -13,7 +14,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from wlsft.figures import at_chosen_rate, beside_published, bootstrap_table, figure_alpha, figure_sets, ood_sets, selected
+from wlsft.figures import (
+    at_chosen_rate,
+    beside_published,
+    bootstrap_table,
+    figure_alpha,
+    figure_sets,
+    ood_sets,
+    selected,
+)
 from wlsft.flyp import train_image_text
 from wlsft.interpolation import alpha_sweep
 from wlsft.lp_ft import train_classifier
@@ -24,7 +33,11 @@ from wlsft.suites import load_suite, pin_suite
 from wlsft.train import train_run
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = {"imagenet20k": ("token-replay", "full"), "cc20k": ("token-replay",), "coco10k": ("film",)}  # the talk's cells, and one full
+STUDIES = {
+    "imagenet20k": ("token-replay", "full"),
+    "cc20k": ("token-replay",),
+    "coco10k": ("film",),
+}  # the talk's cells, and one full
 
 
 def picture(path, colour, seed):
@@ -37,7 +50,13 @@ def picture(path, colour, seed):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root, seed = tmp_path_factory.mktemp("daten-ü"), iter(range(10_000))
-    for folder, n in (("imagenet/train", 24), ("imagenet/val", 6), ("imagenet-r", 4), ("imagenet-a", 4), ("sketch", 4)):
+    for folder, n in (
+        ("imagenet/train", 24),
+        ("imagenet/val", 6),
+        ("imagenet-r", 4),
+        ("imagenet-a", 4),
+        ("sketch", 4),
+    ):
         for c in range(3):
             for i in range(n):
                 picture(root / folder / imagenet_ids()[c] / f"{i:03}.JPEG", c, next(seed))
@@ -47,19 +66,40 @@ def data(tmp_path_factory):
     with tarfile.open(root / "cc3m/00000.tar", "w") as tar:
         for i in range(40):
             image = picture(root / "x.jpg", i % 3, next(seed)).read_bytes()
-            for suffix, content in (("jpg", image if i % 9 else image[:500]), ("txt", f"a {['red', 'green', 'blue'][i % 3]} thing".encode())):
+            for suffix, content in (
+                ("jpg", image if i % 9 else image[:500]),
+                ("txt", f"a {['red', 'green', 'blue'][i % 3]} thing".encode()),
+            ):
                 info = tarfile.TarInfo(f"{i:09}.{suffix}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    images = [dict(id=i, file_name=picture(root / f"coco/train2017/{i:012}.jpg", i % 3, next(seed)).name) for i in range(40)]
-    said = [dict(image_id=i, caption=f"{j} {['red', 'green', 'blue'][i % 3]} things") for i in range(40) for j in range(5)]
+    images = [
+        dict(id=i, file_name=picture(root / f"coco/train2017/{i:012}.jpg", i % 3, next(seed)).name)
+        for i in range(40)
+    ]
+    said = [
+        dict(image_id=i, caption=f"{j} {['red', 'green', 'blue'][i % 3]} things")
+        for i in range(40)
+        for j in range(5)
+    ]
     (root / "coco/annotations").mkdir()
-    (root / "coco/annotations/captions_train2017.json").write_text(json.dumps(dict(images=images, annotations=said)))
+    (root / "coco/annotations/captions_train2017.json").write_text(
+        json.dumps(dict(images=images, annotations=said))
+    )
     (root / "breeds").mkdir()
-    (root / "breeds/living17.json").write_text(json.dumps(dict(fish=[[imagenet_ids()[0]], [imagenet_ids()[1]]], bird=[[imagenet_ids()[2]], [imagenet_ids()[2]]])))
+    (root / "breeds/living17.json").write_text(
+        json.dumps(
+            dict(
+                fish=[[imagenet_ids()[0]], [imagenet_ids()[1]]],
+                bird=[[imagenet_ids()[2]], [imagenet_ids()[2]]],
+            )
+        )
+    )
     torch.manual_seed(0)
     vit = timm.create_model("test_vit", num_classes=0)
-    torch.save(dict(teacher={f"module.backbone.{k}": v for k, v in vit.state_dict().items()}), root / "dino.pth")
+    torch.save(
+        dict(teacher={f"module.backbone.{k}": v for k, v in vit.state_dict().items()}), root / "dino.pth"
+    )
     pin_suite("imagenet", root)
     return root
 
@@ -79,7 +119,9 @@ def swept(data, small, tmp_path_factory):
         for adapter in STUDIES[study]:
             p = {k: v for k, v in spec[adapter].items() if k not in ("suite", "steps")}
             run = load_run(train_run(p, runs, data), runs, data)
-            parts.append(alpha_sweep(run, suite, [0, 0.5, 1], study, scratch=tmp_path_factory.mktemp("scratch")))
+            parts.append(
+                alpha_sweep(run, suite, [0, 0.5, 1], study, scratch=tmp_path_factory.mktemp("scratch"))
+            )
             assert run.info["pairs"] == 24 and (run.info["left_out"]["n"] > 0) == (study == "cc20k")
     return pd.concat(parts, ignore_index=True)
 
@@ -89,8 +131,8 @@ def test_every_study_has_every_row(swept):
     assert main.groupby(["corpus", "adapter", "alpha"])["set"].nunique().eq(6).all()
     assert set(main.corpus) == set(STUDIES) and main.adapter.nunique() == 3
     zero = main[main.alpha == 0].groupby("set").value
-    assert zero.nunique().eq(1).all()                                     # one pretrained encoder, whatever the study
-    assert main[main["set"] == "id-test"].value.min() > 60                # the classes are colours; chance is a third
+    assert zero.nunique().eq(1).all()  # one pretrained encoder, whatever the study
+    assert main[main["set"] == "id-test"].value.min() > 60  # the classes are colours; chance is a third
 
 
 def test_the_figures_take_them(swept):
@@ -98,7 +140,11 @@ def test_the_figures_take_them(swept):
     boot = bootstrap_table(t, 20)
     changes = selected(boot)
     assert {"ID", "VAL", "OOD"} <= set(boot["set"])
-    for figure in (figure_alpha(boot), figure_alpha(boot, change=True), figure_sets(changes[changes.choice == "ID-selected"], ood_sets(changes["set"]))):
+    for figure in (
+        figure_alpha(boot),
+        figure_alpha(boot, change=True),
+        figure_sets(changes[changes.choice == "ID-selected"], ood_sets(changes["set"])),
+    ):
         assert len(figure[1])
     published = pd.read_csv(ROOT / "data/published/dino_knn.csv")
     renamed = t.assign(encoder="vit_base_patch16_224.dino=file")
@@ -107,12 +153,24 @@ def test_the_figures_take_them(swept):
 
 @pytest.mark.parametrize("method", ["FLYP", "LP-FT"])
 def test_labels_of_a_suite(data, tmp_path, method):
-    kind = dict(encoder="clip_emojishift", micro=4) if method == "FLYP" else dict(encoder=f"test_vit={data / 'dino.pth'}", head_lr=0.01)
+    kind = (
+        dict(encoder="clip_emojishift", micro=4)
+        if method == "FLYP"
+        else dict(encoder=f"test_vit={data / 'dino.pth'}", head_lr=0.01)
+    )
     train = train_image_text if method == "FLYP" else train_classifier
-    run = load_run(train({**kind, "method": method, "suite": "living17", "batch_size": 8, "strengths": 2}, tmp_path, data), tmp_path, data)
+    run = load_run(
+        train(
+            {**kind, "method": method, "suite": "living17", "batch_size": 8, "strengths": 2}, tmp_path, data
+        ),
+        tmp_path,
+        data,
+    )
     cfg = run.encoder.pretrained_cfg
     suite = load_suite("living17", data, cfg["input_size"][-1], cfg["crop_pct"])
-    assert run.info["images"] == 46 and run.info["parameters"]["corpus"].startswith("living17-")   # two of 48 are ID validation
+    assert run.info["images"] == 46 and run.info["parameters"]["corpus"].startswith(
+        "living17-"
+    )  # two of 48 are ID validation
     rows = alpha_sweep(run, suite, [0, 1], "labels")
     assert set(rows.protocol) == {"id", "head"} and set(rows["set"]) == {"id-val", "id-test", "living17"}
 
@@ -121,6 +179,7 @@ def test_rows_do_not_depend_on_workers(data, small):
     suite = load_suite("imagenet", data, 160)
     from wlsft.encoders import load_encoder
     from wlsft.features import embed
+
     few = suite.images[suite.sets["id-test"]]
     encoder = load_encoder(small["encoder"], data)
     assert torch.equal(embed(encoder, few, workers=2), embed(encoder, few, workers=0))
@@ -131,25 +190,51 @@ def test_two_processes_train_what_one_does(data, small, tmp_path):
     p = {**small, "corpus": "coco10k", "adapter": "film", "lr": 0.01, "seed": 1}
     one = load_run(train_run(p, tmp_path / "one", data), tmp_path / "one", data)
     flags = [x for k, v in {**p, "runs": tmp_path / "two", "data": data}.items() for x in ("-p", k, str(v))]
-    done = subprocess.run(["torchrun", "--standalone", "--nproc_per_node", "2", "--no-python", "wlsft-train", *flags], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "WLSFT_QUIET": "1"}, timeout=300)
+    done = subprocess.run(
+        ["torchrun", "--standalone", "--nproc_per_node", "2", "--no-python", "wlsft-train", *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "WLSFT_QUIET": "1"},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     two = load_run(one.name, tmp_path / "two", data)
     np.testing.assert_allclose(two.info["history"], one.info["history"], rtol=1e-4)
     moved = [k for k in one.theta_1 if not torch.equal(one.theta_0[k], one.theta_1[k])]
     assert moved
-    for k in moved:                                                       # AdamW divides by small numbers: rounding shows
+    for k in moved:  # AdamW divides by small numbers: rounding shows
         torch.testing.assert_close(two.theta_1[k], one.theta_1[k], atol=2e-4, rtol=1e-3)
 
 
 def test_the_graph(data, tmp_path):
     everywhere = f"{{encoder: 'test_vit={data / 'dino.pth'}', images: 24}}"
-    done = subprocess.run(["snakemake", "--cores", "1", "-n", "--quiet", "--config", "study=coco10k", f"data={data}", f"runs={tmp_path}", "processes=2", f"set={everywhere}"],
-                          cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            "snakemake",
+            "--cores",
+            "1",
+            "-n",
+            "--quiet",
+            "--config",
+            "study=coco10k",
+            f"data={data}",
+            f"runs={tmp_path}",
+            "processes=2",
+            f"set={everywhere}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_the_graph_says_what_is_missing(tmp_path):
     (tmp_path / "encoders").mkdir()
-    done = subprocess.run(["snakemake", "--cores", "1", "-n", "--config", "study=cc20k", f"data={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["snakemake", "--cores", "1", "-n", "--config", "study=cc20k", f"data={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0 and "expected: the files of cc20k" in done.stdout + done.stderr

@@ -1,4 +1,5 @@
 "The README's example runs as printed, and the README is what its notebook says."
+
 import re
 import subprocess
 import sys

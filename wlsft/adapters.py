@@ -25,71 +25,105 @@ def is_vit_block(block: nn.Module) -> bool:
     "Has it the LayerNorms of a ViT block, under timm's name or open_clip's?"
     return isinstance(getattr(block, "norm1", getattr(block, "ln_1", None)), nn.LayerNorm)
 
+
 def replay_sites(
-    encoder: Encoder # a timm model, or an image-text model
-) -> dict[str, nn.Module]: # module name -> module, in order of depth
+    encoder: Encoder,  # a timm model, or an image-text model
+) -> dict[str, nn.Module]:  # module name -> module, in order of depth
     "The blocks (ViT) or first blocks of stages (BatchNorm CNN) whose incoming tokens can be recorded and replayed."
-    trunk = getattr(encoder, "trunk_name", "")                       # where an image-text model keeps its vision tower
-    if trunk: return {f"{trunk}.{n}": m for n, m in replay_sites(cast(Encoder, encoder.get_submodule(trunk))).items()}
+    trunk = getattr(encoder, "trunk_name", "")  # where an image-text model keeps its vision tower
+    if trunk:
+        return {
+            f"{trunk}.{n}": m for n, m in replay_sites(cast(Encoder, encoder.get_submodule(trunk))).items()
+        }
     blocks = getattr(encoder, "blocks", None)
-    if isinstance(blocks, nn.Sequential) and hasattr(blocks[0], "attn") and is_vit_block(blocks[0]): return {f"blocks.{i}": b for i, b in enumerate(blocks)}
-    native = getattr(getattr(encoder, "transformer", None), "resblocks", [])             # open_clip's own ViT
-    if len(native) and is_vit_block(native[0]): return {f"transformer.resblocks.{i}": b for i, b in enumerate(native)}
-    stages = [n for n in ("layer1", "layer2", "layer3", "layer4", "s1", "s2", "s3", "s4") if hasattr(encoder, n)]
-    if not stages: stages = [f"{p}.{i}" for p in ("blocks", "stages") if isinstance(getattr(encoder, p, None), nn.Sequential) for i in range(len(getattr(encoder, p)))]
+    if isinstance(blocks, nn.Sequential) and hasattr(blocks[0], "attn") and is_vit_block(blocks[0]):
+        return {f"blocks.{i}": b for i, b in enumerate(blocks)}
+    native = getattr(getattr(encoder, "transformer", None), "resblocks", [])  # open_clip's own ViT
+    if len(native) and is_vit_block(native[0]):
+        return {f"transformer.resblocks.{i}": b for i, b in enumerate(native)}
+    stages = [
+        n for n in ("layer1", "layer2", "layer3", "layer4", "s1", "s2", "s3", "s4") if hasattr(encoder, n)
+    ]
+    if not stages:
+        stages = [
+            f"{p}.{i}"
+            for p in ("blocks", "stages")
+            if isinstance(getattr(encoder, p, None), nn.Sequential)
+            for i in range(len(getattr(encoder, p)))
+        ]
     found = {f"{n}.{k}": m for n in stages for k, m in list(encoder.get_submodule(n).named_children())[:1]}
     if not found or not all(any(isinstance(m, nn.BatchNorm2d) for m in b.modules()) for b in found.values()):
-        raise ParameterError(f"{type(encoder).__name__} is neither a timm ViT (blocks with LayerNorm norm1) nor a timm CNN with BatchNorm "
-                             "in every stage (ResNet, RegNet, EfficientNet, MobileNet and their kin): these two can be adapted")
+        raise ParameterError(
+            f"{type(encoder).__name__} is neither a timm ViT (blocks with LayerNorm norm1) nor a timm CNN with BatchNorm "
+            "in every stage (ResNet, RegNet, EfficientNet, MobileNet and their kin): these two can be adapted"
+        )
     return found
 
 # %% ../nbs/01_adapters.ipynb #e59ab453
 def block_names(
-    encoder: Encoder,     # a timm model
-    blocks: Sequence[int] # indices of sites; empty: all
+    encoder: Encoder,  # a timm model
+    blocks: Sequence[int],  # indices of sites; empty: all
 ) -> list[str]:
     "Names of the chosen sites; a `ParameterError` if an index is out of range."
     names = list(replay_sites(encoder))
-    for b in blocks: check_range("blocks", b, 0, len(names) - 1, integer=True)
+    for b in blocks:
+        check_range("blocks", b, 0, len(names) - 1, integer=True)
     return [names[b] for b in blocks] if len(blocks) else names
 
 # %% ../nbs/01_adapters.ipynb #76563343
 class FiLM(nn.Module):
     "Scale and shift of channels, `(D,)` each; the identity at the start."
-    def __init__(self,
-        dim: int,       # channels D
-        spatial: bool   # (N, D, H, W) if true, else (N, T, D)
+
+    def __init__(
+        self,
+        dim: int,  # channels D
+        spatial: bool,  # (N, D, H, W) if true, else (N, T, D)
     ):
         super().__init__()
-        self.gamma, self.beta, self.spatial = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim)), spatial
+        self.gamma, self.beta, self.spatial = (
+            nn.Parameter(torch.ones(dim)),
+            nn.Parameter(torch.zeros(dim)),
+            spatial,
+        )
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "`gamma * x + beta` over the channels."
-        return x * self.gamma[:, None, None] + self.beta[:, None, None] if self.spatial else x * self.gamma + self.beta
+        return (
+            x * self.gamma[:, None, None] + self.beta[:, None, None]
+            if self.spatial
+            else x * self.gamma + self.beta
+        )
 
-def _apply_film(module, args, out): return module.film(out)
+
+def _apply_film(module, args, out):
+    return module.film(out)
 
 # %% ../nbs/01_adapters.ipynb #c8d1c525
 def film_slots(
-    encoder: Encoder, blocks: Sequence[int] = ()   # a timm model; indices of sites, empty for all
-) -> dict[str, tuple[Any, Any]]:                   # norm's name -> (norm, the module whose output is modulated)
+    encoder: Encoder,
+    blocks: Sequence[int] = (),  # a timm model; indices of sites, empty for all
+) -> dict[str, tuple[Any, Any]]:  # norm's name -> (norm, the module whose output is modulated)
     "Every LayerNorm of the chosen ViT blocks, or every BatchNorm of the chosen CNN stages."
     names, found = block_names(encoder, blocks), dict[str, tuple[Any, Any]]()
     for name in names:
         vit = is_vit_block(encoder.get_submodule(name))
         scope = name if vit else name.rpartition(".")[0]
         for k, m in encoder.get_submodule(scope).named_modules():
-            if isinstance(m, nn.LayerNorm) and vit and k in ("norm1", "norm2", "ln_1", "ln_2"): found[f"{scope}.{k}"] = (m, m)
-            if isinstance(m, nn.BatchNorm2d) and not vit: found[f"{scope}.{k}"] = (m, getattr(m, "drop", m))
+            if isinstance(m, nn.LayerNorm) and vit and k in ("norm1", "norm2", "ln_1", "ln_2"):
+                found[f"{scope}.{k}"] = (m, m)
+            if isinstance(m, nn.BatchNorm2d) and not vit:
+                found[f"{scope}.{k}"] = (m, getattr(m, "drop", m))
     return found
 
 # %% ../nbs/01_adapters.ipynb #35b39f54
 def add_film(
-    encoder: Encoder,          # changed in place
-    blocks: Sequence[int] = () # indices of sites; empty: all
-) -> Encoder:                  # `encoder`
+    encoder: Encoder,  # changed in place
+    blocks: Sequence[int] = (),  # indices of sites; empty: all
+) -> Encoder:  # `encoder`
     "Put a `FiLM` behind every norm of the chosen blocks."
     for norm, slot in film_slots(encoder, blocks).values():
-        if hasattr(slot, "film"): raise ParameterError("this encoder has FiLM already")
+        if hasattr(slot, "film"):
+            raise ParameterError("this encoder has FiLM already")
         slot.film = FiLM(norm.weight.numel(), isinstance(norm, nn.BatchNorm2d)).to(norm.weight.device)
         slot.register_forward_hook(_apply_film)
     return encoder
@@ -97,16 +131,18 @@ def add_film(
 # %% ../nbs/01_adapters.ipynb #093af2fd
 @torch.no_grad()
 def fold_film(
-    encoder: Encoder # with FiLM; changed in place
-) -> Encoder:        # `encoder`, with the keys it had before `add_film`
+    encoder: Encoder,  # with FiLM; changed in place
+) -> Encoder:  # `encoder`, with the keys it had before `add_film`
     "Multiply every FiLM into the affine of its norm and take it out again."
     for norm, slot in film_slots(encoder).values():
-        if not hasattr(slot, "film"): continue
+        if not hasattr(slot, "film"):
+            continue
         norm.weight.mul_(slot.film.gamma)
         norm.bias.mul_(slot.film.gamma).add_(slot.film.beta)
         del slot.film
         for key, hook in list(slot._forward_hooks.items()):
-            if hook is _apply_film: del slot._forward_hooks[key]
+            if hook is _apply_film:
+                del slot._forward_hooks[key]
     return encoder
 
 # %% ../nbs/01_adapters.ipynb #4c82be37
@@ -114,38 +150,67 @@ def as_tokens(x: torch.Tensor) -> torch.Tensor:
     "`(N, D, H, W)` as `(N, H*W, D)`; a sequence stays as it is."
     return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
 
+
 def read_memory(
-    x: torch.Tensor, m: torch.Tensor,                           # tokens (N, T, D); memory (m, D') or (N, m, D')
-    q: nn.Linear, k: nn.Linear, v: nn.Linear, o: nn.Linear,     # D to r, D' to r, D' to r, r to D
-    heads: int = 4                                              # that share the bottleneck r
-) -> torch.Tensor:                                              # (N, T, D), to be added to `x`
+    x: torch.Tensor,
+    m: torch.Tensor,  # tokens (N, T, D); memory (m, D') or (N, m, D')
+    q: nn.Linear,
+    k: nn.Linear,
+    v: nn.Linear,
+    o: nn.Linear,  # D to r, D' to r, D' to r, r to D
+    heads: int = 4,  # that share the bottleneck r
+) -> torch.Tensor:  # (N, T, D), to be added to `x`
     "Multi-head cross-attention from normalised tokens to a normalised memory."
-    split = lambda t: t.unflatten(-1, (heads, -1)).transpose(-2, -3)
-    ln = lambda t: F.layer_norm(t, t.shape[-1:])
+
+    def split(t):
+        return t.unflatten(-1, (heads, -1)).transpose(-2, -3)
+
+    def ln(t):
+        return F.layer_norm(t, t.shape[-1:])
+
     wq, wk, wv = split(q(ln(x))), split(k(ln(m))), split(v(ln(m)))
-    if m.ndim == 2: wk, wv = wk.expand(len(x), -1, -1, -1), wv.expand(len(x), -1, -1, -1)
+    if m.ndim == 2:
+        wk, wv = wk.expand(len(x), -1, -1, -1), wv.expand(len(x), -1, -1, -1)
     return o(F.scaled_dot_product_attention(wq, wk, wv).transpose(1, 2).flatten(2))
 
 # %% ../nbs/01_adapters.ipynb #665e94fe
 SOURCES = ("recorded", "learned", "register", "gaussian", "depth")
 
+
 class TokenReplay(nn.Module):
     "Cross-attention from arriving tokens to a memory, through a bottleneck; the identity at the start."
-    def __init__(self,
-        dim: int,                       # width D of the arriving tokens
-        memory: torch.Tensor | None,    # (m, D) tokens, or None: they come from an earlier site of the same image
-        rank: int = 64, heads: int = 4, # bottleneck width r; heads that share it
-        learned: bool = False,          # is the memory a parameter, or a fixed buffer?
-        memory_dim: int | None = None   # width of the tokens of that earlier site, for `memory=None`
+
+    def __init__(
+        self,
+        dim: int,  # width D of the arriving tokens
+        memory: torch.Tensor
+        | None,  # (m, D) tokens, or None: they come from an earlier site of the same image
+        rank: int = 64,
+        heads: int = 4,  # bottleneck width r; heads that share it
+        learned: bool = False,  # is the memory a parameter, or a fixed buffer?
+        memory_dim: int | None = None,  # width of the tokens of that earlier site, for `memory=None`
     ):
         super().__init__()
-        if rank % heads: raise ParameterError(f"rank = {rank} must be a multiple of heads = {heads}")
+        if rank % heads:
+            raise ParameterError(f"rank = {rank} must be a multiple of heads = {heads}")
         wide = memory.shape[-1] if memory is not None else cast(int, memory_dim)
-        self.q, self.k, self.v, self.o = nn.Linear(dim, rank), nn.Linear(wide, rank), nn.Linear(wide, rank), nn.Linear(rank, dim)
-        nn.init.zeros_(self.o.weight); nn.init.zeros_(self.o.bias)
-        self.heads, self.source = heads, cast(tuple[nn.Module, ...], ())          # source: the earlier site, in a tuple so that it is not a child of this module
-        if learned: self.memory = nn.Parameter(cast(torch.Tensor, memory).clone())
-        else: self.register_buffer("memory", memory)
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(dim, rank),
+            nn.Linear(wide, rank),
+            nn.Linear(wide, rank),
+            nn.Linear(rank, dim),
+        )
+        nn.init.zeros_(self.o.weight)
+        nn.init.zeros_(self.o.bias)
+        self.heads, self.source = (
+            heads,
+            cast(tuple[nn.Module, ...], ()),
+        )  # source: the earlier site, in a tuple so that it is not a child of this module
+        if learned:
+            self.memory = nn.Parameter(cast(torch.Tensor, memory).clone())
+        else:
+            self.register_buffer("memory", memory)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "`x` `(N, T, D)` or `(N, D, H, W)` plus what its tokens read from the memory."
         m = self.memory if self.memory is not None else self.source[0].__dict__.pop("kept")
@@ -155,65 +220,89 @@ class TokenReplay(nn.Module):
 # %% ../nbs/01_adapters.ipynb #5d8d85c3
 @torch.inference_mode()
 def record_tokens(
-    encoder: Encoder, images: torch.Tensor | ImageFiles, # a timm model; uint8 (N, 3, H, W)
-    names: Sequence[str],                     # sites
-    limit: int = 65_536, seed: int = 0        # tokens kept a site; which ones
-) -> dict[str, torch.Tensor]:                 # name -> float32 (about limit, D)
+    encoder: Encoder,
+    images: torch.Tensor | ImageFiles,  # a timm model; uint8 (N, 3, H, W)
+    names: Sequence[str],  # sites
+    limit: int = 65_536,
+    seed: int = 0,  # tokens kept a site; which ones
+) -> dict[str, torch.Tensor]:  # name -> float32 (about limit, D)
     "Tokens that enter each site, a seeded sample that gives each image the same share."
     g = torch.Generator().manual_seed(seed)
     kept: dict[str, list[torch.Tensor]] = {n: [] for n in names}
+
     def keep(name, module, args):
         t = as_tokens(args[0])
         share = min(t.shape[1], max(1, limit // len(images)))
         pick = torch.rand(t.shape[:2], generator=g).topk(share).indices.to(t.device)
-        kept[name].append(t.gather(1, pick[..., None].expand(-1, -1, t.shape[-1])).flatten(0, 1).float().cpu())
+        kept[name].append(
+            t.gather(1, pick[..., None].expand(-1, -1, t.shape[-1])).flatten(0, 1).float().cpu()
+        )
+
     hooks = [encoder.get_submodule(n).register_forward_pre_hook(functools.partial(keep, n)) for n in names]
     mode, device = encoder.training, next(encoder.parameters()).device
     try:
         encoder.eval()
-        for batch in decoded(images, 128): encoder(prepare(encoder, batch.to(device)))
+        for batch in decoded(images, 128):
+            encoder(prepare(encoder, batch.to(device)))
     finally:
         encoder.train(mode)
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return {n: torch.cat(v) for n, v in kept.items()}
 
 # %% ../nbs/01_adapters.ipynb #09e33ae0
 def make_memory(
-    tokens: torch.Tensor, source: str,  # (n, D) recorded tokens; one of `SOURCES`
-    m: int = 64, seed: int = 0          # how many; of faiss' and the draws' chance
-) -> torch.Tensor | None:               # float32 (m, D); (1, D) for `register`, None for `depth`
+    tokens: torch.Tensor,
+    source: str,  # (n, D) recorded tokens; one of `SOURCES`
+    m: int = 64,
+    seed: int = 0,  # how many; of faiss' and the draws' chance
+) -> torch.Tensor | None:  # float32 (m, D); (1, D) for `register`, None for `depth`
     "What is replayed: k-means centroids, Gaussian draws with the tokens' mean and covariance, one zero, or nothing."
     import faiss
-    check_choice("source", source, SOURCES); check_range("memory", m, 1, len(tokens), integer=True)
-    if source == "depth": return None
-    if source == "register": return torch.zeros(1, tokens.shape[1])
+
+    check_choice("source", source, SOURCES)
+    check_range("memory", m, 1, len(tokens), integer=True)
+    if source == "depth":
+        return None
+    if source == "register":
+        return torch.zeros(1, tokens.shape[1])
     if source == "recorded":
         km = faiss.Kmeans(tokens.shape[1], m, niter=20, seed=seed + 1, min_points_per_centroid=1)
         km.train(tokens.numpy())
         return torch.from_numpy(np.array(km.centroids))
     values, vectors = torch.linalg.eigh(tokens.double().T.cov())
-    draws = torch.randn(m, tokens.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    draws = torch.randn(
+        m, tokens.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return (tokens.double().mean(0) + draws * values.clamp(min=0).sqrt() @ vectors.T).float()
 
 # %% ../nbs/01_adapters.ipynb #275a6e11
 def site_widths(
-    encoder: Encoder   # a timm model
-) -> dict[str, int]:   # site -> D
+    encoder: Encoder,  # a timm model
+) -> dict[str, int]:  # site -> D
     "Width of the tokens that enter each site, from one blank image."
     image = torch.zeros(1, *encoder.pretrained_cfg["input_size"], dtype=torch.uint8)
-    return {n: t.shape[1] for n, t in record_tokens(encoder, image, list(replay_sites(encoder)), limit=1).items()}
+    return {
+        n: t.shape[1] for n, t in record_tokens(encoder, image, list(replay_sites(encoder)), limit=1).items()
+    }
 
 # %% ../nbs/01_adapters.ipynb #7f3f6317
-def _apply_replay(module, args): return (module.replay(args[0]), *args[1:])
-def _keep_tokens(module, args): module.__dict__["kept"] = as_tokens(args[0])
+def _apply_replay(module, args):
+    return (module.replay(args[0]), *args[1:])
+
+
+def _keep_tokens(module, args):
+    module.__dict__["kept"] = as_tokens(args[0])
+
 
 def add_token_replay(
-    encoder: Encoder,                         # changed in place
-    memories: dict[str, torch.Tensor | None], # site -> (m, D), or None for the tokens of the site before
-    rank: int = 64, heads: int = 4,           # see `TokenReplay`
-    learned: bool = False,                    # is the memory trained?
-    seed: int = 0                             # of the new weights
-) -> Encoder:                                 # `encoder`
+    encoder: Encoder,  # changed in place
+    memories: dict[str, torch.Tensor | None],  # site -> (m, D), or None for the tokens of the site before
+    rank: int = 64,
+    heads: int = 4,  # see `TokenReplay`
+    learned: bool = False,  # is the memory trained?
+    seed: int = 0,  # of the new weights
+) -> Encoder:  # `encoder`
     "Attach a `TokenReplay` at each named site. The first site has none before it, so `depth` cannot start there."
     sites, widths = replay_sites(encoder), site_widths(encoder)
     order = list(sites)
@@ -221,7 +310,8 @@ def add_token_replay(
         torch.manual_seed(seed)
         for name, memory in memories.items():
             before = order[order.index(name) - 1] if order.index(name) else ""
-            if memory is None and not before: raise ParameterError(f"source = 'depth' needs an earlier site; {name} is the first")
+            if memory is None and not before:
+                raise ParameterError(f"source = 'depth' needs an earlier site; {name} is the first")
             replay = TokenReplay(widths[name], memory, rank, heads, learned, widths.get(before))
             if memory is None:
                 sites[before].register_forward_pre_hook(_keep_tokens)
@@ -233,25 +323,34 @@ def add_token_replay(
 # %% ../nbs/01_adapters.ipynb #a3553250
 ADAPTERS = ("full", "film", "token-replay")
 
+
 def adapt(
-    encoder: Encoder, adapter: str,               # changed in place; one of `ADAPTERS`
-    images: torch.Tensor | ImageFiles,            # uint8 (N, 3, H, W), recorded from for token replay
-    blocks: Sequence[int] = (),                   # sites; empty: all for FiLM, the last two thirds for token replay
-    source: str = "recorded", memory: int = 64,   # what is replayed, and how many tokens
-    rank: int = 64, heads: int = 4, seed: int = 0 # bottleneck; heads; of memory and new weights
-) -> Encoder:                                     # `encoder`; `requires_grad` says what trains
+    encoder: Encoder,
+    adapter: str,  # changed in place; one of `ADAPTERS`
+    images: torch.Tensor | ImageFiles,  # uint8 (N, 3, H, W), recorded from for token replay
+    blocks: Sequence[int] = (),  # sites; empty: all for FiLM, the last two thirds for token replay
+    source: str = "recorded",
+    memory: int = 64,  # what is replayed, and how many tokens
+    rank: int = 64,
+    heads: int = 4,
+    seed: int = 0,  # bottleneck; heads; of memory and new weights
+) -> Encoder:  # `encoder`; `requires_grad` says what trains
     "Attach `adapter` and freeze the rest. BatchNorm statistics are never among what trains."
-    check_choice("adapter", adapter, ADAPTERS); check_choice("source", source, SOURCES)
+    check_choice("adapter", adapter, ADAPTERS)
+    check_choice("source", source, SOURCES)
     check_range("rank", rank, heads, 4096, integer=True)
-    if adapter == "film": add_film(encoder, blocks)
+    if adapter == "film":
+        add_film(encoder, blocks)
     if adapter == "token-replay":
         everywhere = block_names(encoder, [])
-        names = block_names(encoder, blocks) if len(blocks) else everywhere[len(everywhere) // 3:]
+        names = block_names(encoder, blocks) if len(blocks) else everywhere[len(everywhere) // 3 :]
         tokens = record_tokens(encoder, images, names, seed=seed)
         memories = {n: make_memory(t, source, memory, seed) for n, t in tokens.items()}
         add_token_replay(encoder, memories, rank, heads, source == "learned", seed)
-    for name, p in encoder.named_parameters(): p.requires_grad_(adapter == "full" or is_adapter(name))
+    for name, p in encoder.named_parameters():
+        p.requires_grad_(adapter == "full" or is_adapter(name))
     return encoder
+
 
 def is_adapter(name: str) -> bool:
     "Does this parameter or buffer belong to an adapter?"

@@ -24,97 +24,162 @@ from .study import ParameterError, check_range
 
 # %% ../nbs/05_blend.ipynb #46973aff
 def interpolate(
-    theta_0: dict[str, torch.Tensor], theta_1: dict[str, torch.Tensor], # pretrained and fine-tuned state dicts
-    alpha: float,                # 0 gives theta_0, 1 gives theta_1
-    extrapolate: bool = False    # allow alpha outside [0, 1]
+    theta_0: dict[str, torch.Tensor],
+    theta_1: dict[str, torch.Tensor],  # pretrained and fine-tuned state dicts
+    alpha: float,  # 0 gives theta_0, 1 gives theta_1
+    extrapolate: bool = False,  # allow alpha outside [0, 1]
 ) -> dict[str, torch.Tensor]:
     "alpha * theta_1 + (1 - alpha) * theta_0, tensor by tensor (Wortsman et al. 2022, eq. 1). Endpoints are exact."
-    if not extrapolate: check_range("alpha", alpha, 0, 1)
-    if theta_0.keys() != theta_1.keys(): raise ParameterError(f"theta_0 and theta_1 differ in {sorted(theta_0.keys() ^ theta_1.keys())[:3]}; they must have the same keys")
+    if not extrapolate:
+        check_range("alpha", alpha, 0, 1)
+    if theta_0.keys() != theta_1.keys():
+        raise ParameterError(
+            f"theta_0 and theta_1 differ in {sorted(theta_0.keys() ^ theta_1.keys())[:3]}; they must have the same keys"
+        )
     bad = [k for k in theta_0 if theta_0[k].shape != theta_1[k].shape]
-    if bad: raise ParameterError(f"theta_0 and theta_1 differ in the shape of {bad[0]}: {tuple(theta_0[bad[0]].shape)} and {tuple(theta_1[bad[0]].shape)}")
-    if alpha in (0, 1): return dict(theta_1 if alpha else theta_0)
+    if bad:
+        raise ParameterError(
+            f"theta_0 and theta_1 differ in the shape of {bad[0]}: {tuple(theta_0[bad[0]].shape)} and {tuple(theta_1[bad[0]].shape)}"
+        )
+    if alpha in (0, 1):
+        return dict(theta_1 if alpha else theta_0)
     near = theta_1 if alpha >= 0.5 else theta_0
-    return {k: alpha * theta_1[k] + (1 - alpha) * theta_0[k] if near[k].is_floating_point() and not torch.equal(theta_0[k], theta_1[k]) else near[k] for k in theta_0}
+    return {
+        k: alpha * theta_1[k] + (1 - alpha) * theta_0[k]
+        if near[k].is_floating_point() and not torch.equal(theta_0[k], theta_1[k])
+        else near[k]
+        for k in theta_0
+    }
 
 # %% ../nbs/05_blend.ipynb #f1da4ff2
 def leading_steps(
-    encoder: Encoder, changed: Sequence[str]   # a timm model; names of its tensors
-) -> list[nn.Module]:                          # modules, in order
+    encoder: Encoder,
+    changed: Sequence[str],  # a timm model; names of its tensors
+) -> list[nn.Module]:  # modules, in order
     "Children of the encoder (of a sequence: its members) before the first that holds a changed tensor, or a hook that must see every call; none if the encoder's own tensors change."
-    if any("." not in k for k in changed): return []
-    inner = lambda name, m: m.named_children() if isinstance(m, nn.Sequential) else [("", m)]
-    steps = [(f"{name}.{n}." if n else f"{name}.", m) for name, child in encoder.named_children() for n, m in inner(name, child)]
-    watched = lambda m: any(s._forward_hooks or s._forward_pre_hooks for s in m.modules() if s is not m)
-    first = next((i for i, (name, m) in enumerate(steps) if any(k.startswith(name) for k in changed) or watched(m)), len(steps))
+    if any("." not in k for k in changed):
+        return []
+
+    def inner(name, m):
+        return m.named_children() if isinstance(m, nn.Sequential) else [("", m)]
+
+    steps = [
+        (f"{name}.{n}." if n else f"{name}.", m)
+        for name, child in encoder.named_children()
+        for n, m in inner(name, child)
+    ]
+
+    def watched(m):
+        return any(s._forward_hooks or s._forward_pre_hooks for s in m.modules() if s is not m)
+
+    first = next(
+        (i for i, (name, m) in enumerate(steps) if any(k.startswith(name) for k in changed) or watched(m)),
+        len(steps),
+    )
     return [m for _, m in steps[:first]]
+
 
 @contextmanager
 def remembered(steps: Sequence[nn.Module]) -> Iterator[None]:
     "Within, each of these modules gives its last output again if its input is the same."
+
     def wrap(forward: Callable) -> Callable:
         kept: list = []
+
         def again(x: torch.Tensor, *args, **kwargs):
-            if args or any(v is not None for v in kwargs.values()): return forward(x, *args, **kwargs)
+            if args or any(v is not None for v in kwargs.values()):
+                return forward(x, *args, **kwargs)
             if not (kept and kept[2] == (kept[0]._version, kept[1]._version) and torch.equal(kept[0], x)):
                 y = forward(x)
-                kept[:] = x, y, (x._version, y._version)         # the version tells whether someone has written into it
+                kept[:] = (
+                    x,
+                    y,
+                    (x._version, y._version),
+                )  # the version tells whether someone has written into it
             return kept[1]
+
         return again
+
     try:
-        for m in steps: m.forward = wrap(m.forward)
+        for m in steps:
+            m.forward = wrap(m.forward)
         yield
     finally:
-        for m in steps: del m.forward
+        for m in steps:
+            del m.forward
 
 # %% ../nbs/05_blend.ipynb #fabb247a
 class Blend(Encoder):
     "An encoder at many alphas at once."
-    def __init__(self,
-        encoder: Encoder,                   # at theta_0
-        theta_1: dict[str, torch.Tensor],   # fine-tuned; the same keys
-        alphas: Sequence[float]             # A values in [0, 1]
+
+    def __init__(
+        self,
+        encoder: Encoder,  # at theta_0
+        theta_1: dict[str, torch.Tensor],  # fine-tuned; the same keys
+        alphas: Sequence[float],  # A values in [0, 1]
     ):
         super().__init__()
         theta_0 = encoder.state_dict()
-        interpolate(theta_0, theta_1, 1)                                   # the same keys and shapes, or an error
-        seen = lambda k: not hasattr(encoder, "words") or k.startswith("clip.visual")     # an image-text model's words see no image
+        interpolate(theta_0, theta_1, 1)  # the same keys and shapes, or an error
+
+        def seen(k):
+            return not hasattr(encoder, "words") or k.startswith(
+                "clip.visual"
+            )  # an image-text model's words see no image
+
         self.encoder, self.alphas, self.lead = encoder, list(alphas), (len(alphas),)
         self.pretrained_cfg, self.num_features = encoder.pretrained_cfg, encoder.num_features
         self.changed = [k for k in theta_0 if seen(k) and not torch.equal(theta_0[k].cpu(), theta_1[k].cpu())]
-        for i, k in enumerate(self.changed): self.register_buffer(f"end_{i}", theta_1[k].to(theta_0[k].device))
+        for i, k in enumerate(self.changed):
+            self.register_buffer(f"end_{i}", theta_1[k].to(theta_0[k].device))
         self.register_buffer("at", torch.tensor(self.alphas, dtype=torch.float64, device="cpu"))
         self.steps = leading_steps(encoder, self.changed)
-        small = len(self.alphas) * sum(theta_0[k].nbytes for k in self.changed) < 1e9      # then mixed once, else for every batch
+        small = (
+            len(self.alphas) * sum(theta_0[k].nbytes for k in self.changed) < 1e9
+        )  # then mixed once, else for every batch
         self.ready = list(self.mixes()) if small else None
         self.train(encoder.training)
+
     def mixes(self) -> Iterator[dict[str, torch.Tensor]]:
         "The changed tensors at each alpha."
         own = self.encoder.state_dict()
-        start, end = {k: own[k].clone() for k in self.changed}, {k: self.get_buffer(f"end_{i}") for i, k in enumerate(self.changed)}
+        start, end = (
+            {k: own[k].clone() for k in self.changed},
+            {k: self.get_buffer(f"end_{i}") for i, k in enumerate(self.changed)},
+        )
         return (interpolate(start, end, a) for a in self.alphas)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "Normalised pixels `(N, 3, H, W)` to features `(A, N, D)`."
         with remembered(self.steps):
-            return torch.stack([functional_call(self.encoder, theta, (x,)) for theta in self.ready or self.mixes()])
+            return torch.stack(
+                [functional_call(self.encoder, theta, (x,)) for theta in self.ready or self.mixes()]
+            )
 
 # %% ../nbs/05_blend.ipynb #3305338b
 def chebyshev(
-    n: int, between: bool = False # nodes; instead, the n - 1 alphas midway between them
+    n: int,
+    between: bool = False,  # nodes; instead, the n - 1 alphas midway between them
 ) -> list[float]:
     "Chebyshev points of the second kind on [0, 1], ends included."
     j = np.arange(n - 1) + 0.5 if between else np.arange(n)
     return ((1 - np.cos(np.pi * j / (n - 1))) / 2).tolist()
 
+
 def node_weights(nodes: Sequence[float], alphas: Sequence[float]) -> torch.Tensor:
     "`(A, n)`: what the value at each node counts at each alpha; rows sum to 1, a node's own row is a unit vector."
-    return torch.from_numpy(BarycentricInterpolator(nodes, np.eye(len(nodes)))(np.asarray(alphas, float))).float()
+    return torch.from_numpy(
+        BarycentricInterpolator(nodes, np.eye(len(nodes)))(np.asarray(alphas, float))
+    ).float()
+
 
 def node_error(
-    encoder: Encoder, theta_1: dict[str, torch.Tensor],   # see `Blend`
-    images: torch.Tensor | ImageFiles, n: int,            # a few; nodes
-    bf16: bool = False                                    # see `embed`
-) -> float:                                               # relative to the features' length
+    encoder: Encoder,
+    theta_1: dict[str, torch.Tensor],  # see `Blend`
+    images: torch.Tensor | ImageFiles,
+    n: int,  # a few; nodes
+    bf16: bool = False,  # see `embed`
+) -> float:  # relative to the features' length
     "How far features from n nodes are off, at the worst of the alphas midway between the nodes."
     at, held = chebyshev(n), chebyshev(n, between=True)
     found = embed(Blend(encoder, theta_1, at + held), images, bf16=bf16)
@@ -124,22 +189,33 @@ def node_error(
 # %% ../nbs/05_blend.ipynb #6a48e4ed
 class Along:
     "Features of the same images along alpha, `(N, D)` for each."
+
     def __init__(self, values: torch.Tensor, weights: torch.Tensor | None, error: float):
-        self.values, self.weights, self.error = values, weights, error      # (A or n, N, D); (A, n), or None if every alpha is there; see `node_error`
+        self.values, self.weights, self.error = (
+            values,
+            weights,
+            error,
+        )  # (A or n, N, D); (A, n), or None if every alpha is there; see `node_error`
+
     def __getitem__(self, i: int) -> torch.Tensor:
         "Features of the i-th alpha."
-        if self.weights is None: return self.values[i]
+        if self.weights is None:
+            return self.values[i]
         out = self.weights[i, 0] * self.values[0]
-        for w, v in zip(self.weights[i, 1:], self.values[1:]): out.add_(v, alpha=w.item())
+        for w, v in zip(self.weights[i, 1:], self.values[1:]):
+            out.add_(v, alpha=w.item())
         return out
 
 # %% ../nbs/05_blend.ipynb #3714ac53
 def features_along(
-    encoder: Encoder, theta_1: dict[str, torch.Tensor],   # at theta_0; see `Blend`
-    alphas: Sequence[float], images: torch.Tensor | ImageFiles, # A values in [0, 1]; N images
-    tolerance: float = 0.0,                               # 0: every alpha; else see `node_error`
-    path: str | Path | None = None,                       # keep them there, .npy, and resume; None: nowhere
-    bf16: bool = False, memory_gb: float = 2.0            # see `embed`; features beyond this are mapped
+    encoder: Encoder,
+    theta_1: dict[str, torch.Tensor],  # at theta_0; see `Blend`
+    alphas: Sequence[float],
+    images: torch.Tensor | ImageFiles,  # A values in [0, 1]; N images
+    tolerance: float = 0.0,  # 0: every alpha; else see `node_error`
+    path: str | Path | None = None,  # keep them there, .npy, and resume; None: nowhere
+    bf16: bool = False,
+    memory_gb: float = 2.0,  # see `embed`; features beyond this are mapped
 ) -> Along:
     "Features of every alpha from one walk over the images."
     nodes, error = list(alphas), 0.0
@@ -147,11 +223,18 @@ def features_along(
         few = images[torch.linspace(0, len(images) - 1, min(32, len(images))).long()]
         for n in range(3, len(nodes)):
             error = node_error(encoder, theta_1, few, n, bf16)
-            if error <= tolerance: nodes = chebyshev(n); break
-        else: error = 0.0
+            if error <= tolerance:
+                nodes = chebyshev(n)
+                break
+        else:
+            error = 0.0
     blend = Blend(encoder, theta_1, nodes)
     large = 4e-9 * len(nodes) * len(images) * encoder.num_features > memory_gb
-    if path or large and processes()[1] == 1:                              # a temporary folder is no common ground for processes
-        with tempfile.TemporaryDirectory() as d: values = extract(blend, images, path or Path(d) / "features.npy", bf16=bf16)    # a mapped file outlives its name
-    else: values = embed(blend, images, bf16=bf16)
+    if path or large and processes()[1] == 1:  # a temporary folder is no common ground for processes
+        with tempfile.TemporaryDirectory() as d:
+            values = extract(
+                blend, images, path or Path(d) / "features.npy", bf16=bf16
+            )  # a mapped file outlives its name
+    else:
+        values = embed(blend, images, bf16=bf16)
     return Along(values, None if nodes == list(alphas) else node_weights(nodes, alphas), error)

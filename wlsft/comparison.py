@@ -10,29 +10,52 @@ __all__ = ['MEASURES', 'by_measure', 'against_base', 'seed_means', 'figure_scatt
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from .figures import HUES, KEY, SHAPES, ood_sets, bootstrap_table, chosen_alpha, label_of, logit, with_interval
+from wlsft.figures import (
+    HUES,
+    KEY,
+    SHAPES,
+    ood_sets,
+    bootstrap_table,
+    chosen_alpha,
+    label_of,
+    logit,
+    with_interval,
+)
 
 # %% ../nbs/09_comparison.ipynb #bcbf5e1e
 MEASURES = {"id": "k-NN", "probe": "refitted probe", "head": "own head"}
 
+
 def by_measure(rows: pd.DataFrame, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
     "`bootstrap_table` of each measure that the rows have, one under the other, with a column `measure`."
-    parts = [bootstrap_table(rows, draws, seed, protocol=p).assign(measure=m) for p, m in MEASURES.items() if (rows.protocol == p).any()]
+    parts = [
+        bootstrap_table(rows, draws, seed, protocol=p).assign(measure=m)
+        for p, m in MEASURES.items()
+        if (rows.protocol == p).any()
+    ]
     return pd.concat(parts, ignore_index=True)
+
 
 def against_base(t: pd.DataFrame) -> pd.DataFrame:
     "Subtract, draw by draw, the pretrained encoder under the same measure (for heads LP: `alpha = 0` of an LP-FT run)."
     zero = t[(t.alpha == 0) & ~t.adapter.str.startswith("FT")].drop_duplicates(["encoder", "measure", "set"])
     base = zero.set_index(["encoder", "measure", "set"]).draws
     t = t[[tuple(k) in base.index for k in t[["encoder", "measure", "set"]].to_numpy()]]
-    return t.assign(draws=[d - base[tuple(k)] for d, k in zip(t.draws, t[["encoder", "measure", "set"]].to_numpy())])
+    return t.assign(
+        draws=[d - base[tuple(k)] for d, k in zip(t.draws, t[["encoder", "measure", "set"]].to_numpy())]
+    )
 
 # %% ../nbs/09_comparison.ipynb #dc3ac645
 def seed_means(rows: pd.DataFrame) -> pd.DataFrame:
     "ID and mean OOD accuracy of every run at every alpha and measure: KEY, seed, run, measure, ID, OOD."
-    d = rows[rows.protocol.isin(MEASURES) & rows.correct.notna() & rows["set"].isin(["id-test", *ood_sets(rows["set"])])]
+    d = rows[
+        rows.protocol.isin(MEASURES)
+        & rows.correct.notna()
+        & rows["set"].isin(["id-test", *ood_sets(rows["set"])])
+    ]
     d = d.assign(measure=d.protocol.map(MEASURES), split=np.where(d["set"] == "id-test", "ID", "OOD"))
     return d.groupby([*KEY, "seed", "run", "measure", "split"]).value.mean().unstack("split").reset_index()
+
 
 def _ticks(axis, values: pd.Series) -> None:
     "Whole percents on a logit axis, at most about five."
@@ -43,19 +66,41 @@ def _ticks(axis, values: pd.Series) -> None:
 # %% ../nbs/09_comparison.ipynb #5a066bdc
 def figure_scatter(t: pd.DataFrame, seeds: pd.DataFrame) -> tuple[plt.Figure, pd.DataFrame]:
     "OOD against ID along alpha, from `by_measure` and `seed_means`; one row a measure, one column an encoder. Crosses are intervals of the paired change from the base."
-    d, moved = (with_interval(x[x["set"].isin(["ID", "OOD"])]).set_index(["measure", *KEY, "set"]) for x in (t, against_base(t)))
-    for end in ("low", "high"): d[end] = d.value + (moved[end] - moved.value).reindex(d.index).fillna(0)     # of the change: the level's own says which concepts were drawn
+    d, moved = (
+        with_interval(x[x["set"].isin(["ID", "OOD"])]).set_index(["measure", *KEY, "set"])
+        for x in (t, against_base(t))
+    )
+    for end in ("low", "high"):
+        d[end] = d.value + (moved[end] - moved.value).reindex(d.index).fillna(
+            0
+        )  # of the change: the level's own says which concepts were drawn
     d = d.reset_index().pivot(index=["measure", *KEY], columns="set", values=["value", "low", "high"])
     d.columns = [f"{s}_{v}" for v, s in d.columns]
     d = d.reset_index()
     lp = d[(d.alpha == 0) & ~d.adapter.str.startswith("FT")].groupby(["measure", "encoder"]).ID_value.first()
-    keep = lambda x, ID: x[[i > 0.5 * lp[m, e] for i, m, e in zip(x[ID], x.measure, x.encoder)]]
+
+    def keep(x, ID):
+        return x[[i > 0.5 * lp[m, e] for i, m, e in zip(x[ID], x.measure, x.encoder)]]
+
     d, seeds, encoders = keep(d, "ID_value"), keep(seeds, "ID"), sorted(set(d.encoder))
     measures = [m for m in MEASURES.values() if m in set(d.measure)]
-    fig, axes = plt.subplots(len(measures), len(encoders), figsize=(3.1 * len(encoders) + 2, 2.7 * len(measures)), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        len(measures),
+        len(encoders),
+        figsize=(3.1 * len(encoders) + 2, 2.7 * len(measures)),
+        squeeze=False,
+        layout="constrained",
+    )
     for row, m in zip(axes, measures):
         best = chosen_alpha(t[t.measure == m])
-        for ax, enc in zip(row, encoders): _panel(ax, d[(d.measure == m) & (d.encoder == enc)], seeds[(seeds.measure == m) & (seeds.encoder == enc)], best, f"{enc}, {m}")
+        for ax, enc in zip(row, encoders):
+            _panel(
+                ax,
+                d[(d.measure == m) & (d.encoder == enc)],
+                seeds[(seeds.measure == m) & (seeds.encoder == enc)],
+                best,
+                f"{enc}, {m}",
+            )
     handles = {l: h for ax in axes.flat for h, l in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
     return fig, d
@@ -65,28 +110,59 @@ def _panel(ax, d: pd.DataFrame, seeds: pd.DataFrame, best: pd.Series, title: str
     "One encoder and measure."
     for (adapter, corpus), g in d.sort_values("alpha").groupby(["adapter", "corpus"]):
         colour = HUES.get(adapter, "0.4")
-        for _, s in seeds[(seeds.adapter == adapter) & (seeds.corpus == corpus)].sort_values("alpha").groupby("run"): ax.plot(logit(s.ID), logit(s.OOD), color=colour, lw=0.6, alpha=0.3)
-        ax.plot(logit(g.ID_value), logit(g.OOD_value), color=colour, lw=1.5, marker=".", ms=4, label=label_of(adapter, corpus))
-        ax.plot(logit(g.ID_value.iloc[-1:]), logit(g.OOD_value.iloc[-1:]), SHAPES.get(adapter, "D"), color=colour, ms=5)
+        for _, s in (
+            seeds[(seeds.adapter == adapter) & (seeds.corpus == corpus)].sort_values("alpha").groupby("run")
+        ):
+            ax.plot(logit(s.ID), logit(s.OOD), color=colour, lw=0.6, alpha=0.3)
+        ax.plot(
+            logit(g.ID_value),
+            logit(g.OOD_value),
+            color=colour,
+            lw=1.5,
+            marker=".",
+            ms=4,
+            label=label_of(adapter, corpus),
+        )
+        ax.plot(
+            logit(g.ID_value.iloc[-1:]),
+            logit(g.OOD_value.iloc[-1:]),
+            SHAPES.get(adapter, "D"),
+            color=colour,
+            ms=5,
+        )
         for r in g[g.alpha == best.get((g.encoder.iloc[0], corpus, adapter))].itertuples():
-            ax.plot(logit([r.ID_low, r.ID_high]), logit([r.OOD_value] * 2), color=colour, lw=0.8); ax.plot(logit([r.ID_value] * 2), logit([r.OOD_low, r.OOD_high]), color=colour, lw=0.8)
+            ax.plot(logit([r.ID_low, r.ID_high]), logit([r.OOD_value] * 2), color=colour, lw=0.8)
+            ax.plot(logit([r.ID_value] * 2), logit([r.OOD_low, r.OOD_high]), color=colour, lw=0.8)
     zero = d[d.alpha == 0].iloc[0]
     ax.plot(logit(zero.ID_value), logit(zero.OOD_value), "k*", ms=11, zorder=5)
     ax.axline((logit(zero.ID_value), logit(zero.OOD_value)), slope=1, color="0.85", lw=1, zorder=0)
-    _ticks(ax.xaxis, d[["ID_low", "ID_high"]].stack()); _ticks(ax.yaxis, d[["OOD_low", "OOD_high"]].stack())
-    ax.set_title(title, fontsize=9); ax.set_xlabel("ID accuracy (%)"); ax.set_ylabel("OOD accuracy (%)")
+    _ticks(ax.xaxis, d[["ID_low", "ID_high"]].stack())
+    _ticks(ax.yaxis, d[["OOD_low", "OOD_high"]].stack())
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel("ID accuracy (%)")
+    ax.set_ylabel("OOD accuracy (%)")
 
 # %% ../nbs/09_comparison.ipynb #34070fd2
 def at_choices(boot: pd.DataFrame, change: pd.DataFrame) -> pd.DataFrame:
     "Level and change of ID and OOD at three choices of alpha (`ID-selected`, `alpha = 1`, `oracle`), with intervals."
     parts, pick = [], ["encoder", "corpus", "adapter"]
-    look = lambda t: with_interval(t[t["set"].isin(["ID", "OOD"])])
+
+    def look(t):
+        return with_interval(t[t["set"].isin(["ID", "OOD"])])
+
     joined = look(change).merge(look(boot), on=["measure", *KEY, "set", "seeds"], suffixes=("", "_level"))
     for m, t in boot.groupby("measure"):
-        choices, d = {"ID-selected": chosen_alpha(t), "oracle": chosen_alpha(t, by="OOD")}, joined[joined.measure == m]
+        choices, d = (
+            {"ID-selected": chosen_alpha(t), "oracle": chosen_alpha(t, by="OOD")},
+            joined[joined.measure == m],
+        )
         parts.append(d[d.alpha == 1].assign(choice="alpha = 1"))
-        parts += [d[d.alpha == [best[tuple(k)] for k in d[pick].to_numpy()]].assign(choice=c) for c, best in choices.items()]
+        parts += [
+            d[d.alpha == [best[tuple(k)] for k in d[pick].to_numpy()]].assign(choice=c)
+            for c, best in choices.items()
+        ]
     return pd.concat(parts, ignore_index=True)
+
 
 def say(r, bold: bool = True) -> str:
     "`value [low, high]`, bold where the interval excludes zero."
@@ -101,25 +177,54 @@ def versus(boot: pd.DataFrame, one: str, other: str) -> pd.DataFrame:
         best, d = chosen_alpha(t), t[t["set"].isin(["ID", "OOD"])]
         d = d[d.alpha == [best[tuple(k)] for k in d[KEY[:3]].to_numpy()]].set_index(["encoder", "set"])
         a, b = d[d.adapter == one].draws, d[d.adapter == other].draws
-        parts += [dict(measure=m, encoder=k[0], set=k[1], draws=a[k] - b[k]) for k in a.index.intersection(b.index)]
+        parts += [
+            dict(measure=m, encoder=k[0], set=k[1], draws=a[k] - b[k]) for k in a.index.intersection(b.index)
+        ]
     return with_interval(pd.DataFrame(parts)) if parts else pd.DataFrame()
 
 # %% ../nbs/09_comparison.ipynb #a7e42aff
 def distortions(rows: pd.DataFrame) -> pd.DataFrame:
     "Rows of chapter 04's measures: KEY, seed, run, block, metric, set (ID or OOD), value."
     d = rows[rows.protocol.str.startswith("block:")]
-    return d.assign(block=d.protocol.str.removeprefix("block:"))[[*KEY, "seed", "run", "block", "metric", "set", "value"]]
+    return d.assign(block=d.protocol.str.removeprefix("block:"))[
+        [*KEY, "seed", "run", "block", "metric", "set", "value"]
+    ]
+
 
 def figure_moves(d: pd.DataFrame, metrics: dict[str, str]) -> tuple[plt.Figure, pd.DataFrame]:
     "Distortion per block at alpha = 1, mean over seeds; one row a metric (name -> axis label), one column an encoder."
-    d = d[(d.alpha == 1) & d.metric.isin(metrics)].groupby(["encoder", "corpus", "adapter", "metric", "set", "block"], sort=False, as_index=False).value.mean()
+    d = (
+        d[(d.alpha == 1) & d.metric.isin(metrics)]
+        .groupby(["encoder", "corpus", "adapter", "metric", "set", "block"], sort=False, as_index=False)
+        .value.mean()
+    )
     encoders = sorted(set(d.encoder))
-    fig, axes = plt.subplots(len(metrics), len(encoders), figsize=(3.2 * len(encoders) + 1.8, 2.4 * len(metrics)), squeeze=False, layout="constrained", sharex="col")
+    fig, axes = plt.subplots(
+        len(metrics),
+        len(encoders),
+        figsize=(3.2 * len(encoders) + 1.8, 2.4 * len(metrics)),
+        squeeze=False,
+        layout="constrained",
+        sharex="col",
+    )
     for row, (metric, label) in zip(axes, metrics.items()):
         for ax, enc in zip(row, encoders):
-            for (a, c, s), g in d[(d.metric == metric) & (d.encoder == enc)].groupby(["adapter", "corpus", "set"], sort=False):
-                ax.plot(g.block, g.value, color=HUES.get(a, "0.4"), ls="-" if s == "ID" else "--", marker=SHAPES.get(a, "D"), ms=3.5, lw=1.2, label=label_of(a, c) if s == "ID" else None)
-            ax.set_title(enc, fontsize=9); ax.set_ylabel(label if enc == encoders[0] else ""); ax.tick_params(axis="x", rotation=70, labelsize=7)
+            for (a, c, s), g in d[(d.metric == metric) & (d.encoder == enc)].groupby(
+                ["adapter", "corpus", "set"], sort=False
+            ):
+                ax.plot(
+                    g.block,
+                    g.value,
+                    color=HUES.get(a, "0.4"),
+                    ls="-" if s == "ID" else "--",
+                    marker=SHAPES.get(a, "D"),
+                    ms=3.5,
+                    lw=1.2,
+                    label=label_of(a, c) if s == "ID" else None,
+                )
+            ax.set_title(enc, fontsize=9)
+            ax.set_ylabel(label if enc == encoders[0] else "")
+            ax.tick_params(axis="x", rotation=70, labelsize=7)
     handles = {l: h for ax in axes.flat for h, l in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
     return fig, d
@@ -131,24 +236,47 @@ def mechanism(rows: pd.DataFrame) -> pd.DataFrame:
     d = d[d.measure != "own head"]
     zero = d[d.alpha == 0].set_index(["run", "measure"])
     at = pd.MultiIndex.from_frame(d[["run", "measure"]])
-    d = d.assign(ID_change=d.ID.to_numpy() - zero.ID.reindex(at).to_numpy(), OOD_change=d.OOD.to_numpy() - zero.OOD.reindex(at).to_numpy())
+    d = d.assign(
+        ID_change=d.ID.to_numpy() - zero.ID.reindex(at).to_numpy(),
+        OOD_change=d.OOD.to_numpy() - zero.OOD.reindex(at).to_numpy(),
+    )
     far = distortions(rows)
-    far = far[(far.block == "feature") & (far.metric == "relative")].pivot_table(index=["run", "alpha"], columns="set", values="value").rename(columns=lambda s: f"{s}_moved")
+    far = (
+        far[(far.block == "feature") & (far.metric == "relative")]
+        .pivot_table(index=["run", "alpha"], columns="set", values="value")
+        .rename(columns=lambda s: f"{s}_moved")
+    )
     return d.merge(far, on=["run", "alpha"])
 
-def rank_correlation(d: pd.DataFrame, x: str, y: str, by: str = "adapter", draws: int = 300, seed: int = 0) -> tuple[float, float, float]:
+
+def rank_correlation(
+    d: pd.DataFrame, x: str, y: str, by: str = "adapter", draws: int = 300, seed: int = 0
+) -> tuple[float, float, float]:
     "Spearman's correlation of two columns, with a 95% bootstrap interval over clusters (column `by`). Raises `ValueError` below three of them."
     runs = [g[[x, y]].to_numpy() for _, g in d.groupby(by)]
-    if len(runs) < 3: raise ValueError(f"{len(runs)} values of {by}; an interval over them needs three or more")
+    if len(runs) < 3:
+        raise ValueError(f"{len(runs)} values of {by}; an interval over them needs three or more")
     rng, rho = np.random.default_rng(seed), lambda a: pd.DataFrame(a).corr("spearman").iloc[0, 1]
-    some = [rho(np.concatenate([runs[i] for i in rng.integers(0, len(runs), len(runs))])) for _ in range(draws)]
+    some = [
+        rho(np.concatenate([runs[i] for i in rng.integers(0, len(runs), len(runs))])) for _ in range(draws)
+    ]
     return (rho(np.concatenate(runs)), *np.nanquantile(some, [0.025, 0.975]))
 
 # %% ../nbs/09_comparison.ipynb #be245dc0
 def figure_mechanism(d: pd.DataFrame, draws: int = 300) -> tuple[plt.Figure, pd.DataFrame]:
     "OOD change against the distortion of OOD features, one line a run along alpha; returns the correlations as the table."
-    encoders, measures, found = sorted(set(d.encoder)), [m for m in MEASURES.values() if m in set(d.measure)], []
-    fig, axes = plt.subplots(len(measures), len(encoders), figsize=(3.0 * len(encoders) + 1.8, 2.5 * len(measures)), squeeze=False, layout="constrained")
+    encoders, measures, found = (
+        sorted(set(d.encoder)),
+        [m for m in MEASURES.values() if m in set(d.measure)],
+        [],
+    )
+    fig, axes = plt.subplots(
+        len(measures),
+        len(encoders),
+        figsize=(3.0 * len(encoders) + 1.8, 2.5 * len(measures)),
+        squeeze=False,
+        layout="constrained",
+    )
     for row, m in zip(axes, measures):
         for ax, enc in zip(row, encoders):
             g = d[(d.measure == m) & (d.encoder == enc)]
@@ -157,9 +285,26 @@ def figure_mechanism(d: pd.DataFrame, draws: int = 300) -> tuple[plt.Figure, pd.
                 ax.plot(r.OOD_moved.iloc[-1], r.OOD_change.iloc[-1], "o", color=HUES.get(a, "0.4"), ms=4)
             for which, part in (("alpha > 0", g[g.alpha > 0]), ("alpha = 1", g[g.alpha == 1])):
                 for x, y in (("OOD_moved", "OOD_change"), ("ID_moved", "ID_change")):
-                    if part.adapter.nunique() > 2: found.append((enc, m, which, x, y, *rank_correlation(part, x, y, "adapter", draws), part.adapter.nunique(), part.run.nunique()))
-            ax.axhline(0, color="0.6", lw=0.8); ax.set_title(f"{enc}, {m}", fontsize=9)
-            ax.set_xlabel("how far OOD features moved (spreads)"); ax.set_ylabel("OOD change (points)")
+                    if part.adapter.nunique() > 2:
+                        found.append(
+                            (
+                                enc,
+                                m,
+                                which,
+                                x,
+                                y,
+                                *rank_correlation(part, x, y, "adapter", draws),
+                                part.adapter.nunique(),
+                                part.run.nunique(),
+                            )
+                        )
+            ax.axhline(0, color="0.6", lw=0.8)
+            ax.set_title(f"{enc}, {m}", fontsize=9)
+            ax.set_xlabel("how far OOD features moved (spreads)")
+            ax.set_ylabel("OOD change (points)")
     handles = {l: h for ax in axes.flat for h, l in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
-    return fig, pd.DataFrame(found, columns=["encoder", "measure", "points", "x", "y", "spearman", "low", "high", "methods", "runs"])
+    return fig, pd.DataFrame(
+        found,
+        columns=["encoder", "measure", "points", "x", "y", "spearman", "low", "high", "methods", "runs"],
+    )

@@ -25,13 +25,18 @@ from .study import check_choice, progress
 class DataError(RuntimeError):
     "Data are missing, cut short or changed; the message names the file and what was expected."
 
+
 def data_folder(
-    root: str | Path = "" # a folder; empty: `data/` of the repository this package was installed from
+    root: str | Path = "",  # a folder; empty: `data/` of the repository this package was installed from
 ) -> Path:
     "The folder that holds `emojishift/`, `encoders/` and `runs/`; raises `DataError` if there is none."
     import wlsft
+
     path = Path(root) if str(root) not in ("", ".") else Path(wlsft.__file__).resolve().parent.parent / "data"
-    if not path.is_dir(): raise DataError(f"no data folder at {path}; it should hold emojishift/*.parquet and encoders/*.safetensors")
+    if not path.is_dir():
+        raise DataError(
+            f"no data folder at {path}; it should hold emojishift/*.parquet and encoders/*.safetensors"
+        )
     return path
 
 # %% ../nbs/00_data.ipynb #5fe45d7c
@@ -43,43 +48,59 @@ def shipped(file: str, root: str | Path = "") -> Path:
 # %% ../nbs/00_data.ipynb #41b4ec07
 ID_STYLES = ("twemoji", "noto", "noto-v1", "fluent-flat")
 OOD_STYLES = ("openmoji", "fluent", "fluent-high-contrast", "emojione", "emojione-v1", "emojione-monotone")
-CORPORA = ("emojishift-prompts", "emojishift-names", "emojishift-keywords", "emojishift-shuffled")   # the last is a control
+CORPORA = (
+    "emojishift-prompts",
+    "emojishift-names",
+    "emojishift-keywords",
+    "emojishift-shuffled",
+)  # the last is a control
+
 
 def fingerprint(
-    table: pd.DataFrame # rows of one style
+    table: pd.DataFrame,  # rows of one style
 ) -> dict:
     "Length, number of classes, and a SHA-256 over the rows in order: what `canary.json` holds."
     h = hashlib.sha256()
-    for r in table.itertuples(): h.update(f"{r.concept} {r.label} {r.split} ".encode() + r.image["bytes"])
+    for r in table.itertuples():
+        h.update(f"{r.concept} {r.label} {r.split} ".encode() + r.image["bytes"])
     return dict(n=len(table), classes=int(table.label[table.label >= 0].nunique()), sha256=h.hexdigest())
 
+
 def read_style(
-    folder: Path, # holds `<style>.parquet` and `canary.json`
-    style: str    # one of the ten
+    folder: Path,  # holds `<style>.parquet` and `canary.json`
+    style: str,  # one of the ten
 ) -> pd.DataFrame:
     "The rows of one style (`image, style, concept, name, keywords, subgroup, label, split`), checked against its canary."
     check_choice("style", style, ID_STYLES + OOD_STYLES)
     path = folder / f"{style}.parquet"
-    if not path.is_file(): raise DataError(f"missing {path}; build it with nbs/build/emojishift.ipynb")
-    try: table = pd.read_parquet(path)
-    except Exception as e: raise DataError(f"{path} cannot be read as parquet ({e}); fetch it again") from e
+    if not path.is_file():
+        raise DataError(f"missing {path}; build it with nbs/build/emojishift.ipynb")
+    try:
+        table = pd.read_parquet(path)
+    except Exception as e:
+        raise DataError(f"{path} cannot be read as parquet ({e}); fetch it again") from e
     lacks = [c for c in ("image", "concept", "label", "split") if c not in table]
-    if lacks: raise DataError(f"{path} is not a style of EmojiShift: it has no column {lacks[0]}")
+    if lacks:
+        raise DataError(f"{path} is not a style of EmojiShift: it has no column {lacks[0]}")
     want, have = json.loads((folder / "canary.json").read_text())[style], fingerprint(table)
-    if want != have: raise DataError(f"{path} is not the file that was shipped: expected {want}, found {have}")
+    if want != have:
+        raise DataError(f"{path} is not the file that was shipped: expected {want}, found {have}")
     return table
 
 # %% ../nbs/00_data.ipynb #cad6b2f2
 @dataclass(frozen=True)
 class EmojiShift:
     "All images and their rows, in the same order."
-    images: torch.Tensor # uint8 (N, 3, 64, 64)
+
+    images: torch.Tensor  # uint8 (N, 3, 64, 64)
     table: pd.DataFrame  # style, concept, name, keywords, subgroup, label (-1: none), split
-    classes: list[str]   # name of label 0, 1, ...
+    classes: list[str]  # name of label 0, 1, ...
+
 
 def decode(png: bytes) -> torch.Tensor:
     "One encoded image as uint8 `(3, H, W)` RGB."
     return torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB"))).permute(2, 0, 1)
+
 
 @functools.cache
 def _load(folder: Path, styles: tuple[str, ...]) -> EmojiShift:
@@ -88,9 +109,10 @@ def _load(folder: Path, styles: tuple[str, ...]) -> EmojiShift:
     names = table[table.label >= 0].groupby("label").subgroup.first()
     return EmojiShift(images, table.drop(columns="image"), names.tolist())
 
+
 def load_emojishift(
-    root: str | Path = "",                                 # see `data_folder`
-    styles: tuple[str, ...] = ID_STYLES + OOD_STYLES       # which of the ten
+    root: str | Path = "",  # see `data_folder`
+    styles: tuple[str, ...] = ID_STYLES + OOD_STYLES,  # which of the ten
 ) -> EmojiShift:
     "EmojiShift, decoded once a process; raises `DataError` if a file is missing or changed."
     return _load(data_folder(root) / "emojishift", tuple(styles))
@@ -99,46 +121,80 @@ def load_emojishift(
 @dataclass(frozen=True)
 class Suite:
     "Named evaluation sets over one tensor of images. All indices point into `images`."
+
     name: str
-    images: Any                             # uint8 tensor (N, 3, H, W), or `ImageFiles` (chapter 00_files)
-    labels: torch.Tensor                    # int64 (N,)
-    concepts: np.ndarray                    # str (N,): images of one concept are not independent
+    images: Any  # uint8 tensor (N, 3, H, W), or `ImageFiles` (chapter 00_files)
+    labels: torch.Tensor  # int64 (N,)
+    concepts: np.ndarray  # str (N,): images of one concept are not independent
     classes: list[str]
-    sets: dict[str, torch.Tensor]           # name -> query indices
-    shift: dict[str, str]                   # name -> ID, OOD or SEEN (seen concepts: never averaged into OOD)
-    banks: dict[str, dict[str, torch.Tensor]] # bank name -> set name -> bank indices; a set without such a bank is left out
-    view: dict[str, torch.Tensor] = field(default_factory=dict) # set name -> int64 (C,): what each class is to that set, -1: nothing (chapter 00_suites)
+    sets: dict[str, torch.Tensor]  # name -> query indices
+    shift: dict[str, str]  # name -> ID, OOD or SEEN (seen concepts: never averaged into OOD)
+    banks: dict[
+        str, dict[str, torch.Tensor]
+    ]  # bank name -> set name -> bank indices; a set without such a bank is left out
+    view: dict[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # set name -> int64 (C,): what each class is to that set, -1: nothing (chapter 00_suites)
+
 
 def emojishift_suite(
-    emoji: EmojiShift # loaded images
+    emoji: EmojiShift,  # loaded images
 ) -> Suite:
     "The ID and OOD sets of EmojiShift with its three banks (`id`, `ood`, `mixed`). Only images with a class take part."
     t = emoji.table
-    pick = lambda styles, split: torch.from_numpy(np.flatnonzero((t.label >= 0) & t["style"].isin(styles) & (t.split == split)))
+
+    def pick(styles, split):
+        return torch.from_numpy(np.flatnonzero((t.label >= 0) & t["style"].isin(styles) & (t.split == split)))
+
     ood = [s for s in OOD_STYLES if s in set(t["style"])]
-    sets = {"id-val": pick(ID_STYLES, "val"), "id-test": pick(ID_STYLES, "test"), **{s: pick([s], "test") for s in ood},
-            "id-train": pick(ID_STYLES, "train"), **{f"{s}/seen": pick([s], "train") for s in ood}}
-    shift = {s: "SEEN" if s == "id-train" or s.endswith("/seen") else "ID" if s.startswith("id-") else "OOD" for s in sets}
-    own = {s: pick([s.removesuffix("/seen")], "train") if s.removesuffix("/seen") in ood else sets["id-train"] for s in sets}
-    banks = {"id": {s: sets["id-train"] for s in sets}, "ood": own, "mixed": {s: pick(ID_STYLES + OOD_STYLES, "train") for s in sets}}
-    return Suite("emojishift", emoji.images, torch.tensor(t.label.to_numpy(copy=True)), t.concept.to_numpy(), emoji.classes, sets, shift, banks)
+    sets = {
+        "id-val": pick(ID_STYLES, "val"),
+        "id-test": pick(ID_STYLES, "test"),
+        **{s: pick([s], "test") for s in ood},
+        "id-train": pick(ID_STYLES, "train"),
+        **{f"{s}/seen": pick([s], "train") for s in ood},
+    }
+    shift = {
+        s: "SEEN" if s == "id-train" or s.endswith("/seen") else "ID" if s.startswith("id-") else "OOD"
+        for s in sets
+    }
+    own = {
+        s: pick([s.removesuffix("/seen")], "train") if s.removesuffix("/seen") in ood else sets["id-train"]
+        for s in sets
+    }
+    banks = {
+        "id": {s: sets["id-train"] for s in sets},
+        "ood": own,
+        "mixed": {s: pick(ID_STYLES + OOD_STYLES, "train") for s in sets},
+    }
+    return Suite(
+        "emojishift",
+        emoji.images,
+        torch.tensor(t.label.to_numpy(copy=True)),
+        t.concept.to_numpy(),
+        emoji.classes,
+        sets,
+        shift,
+        banks,
+    )
 
 # %% ../nbs/00_data.ipynb #dab5c37a
 @dataclass(frozen=True)
 class PairCorpus:
     "Images with weak text. `texts[group[i]]` are the alternative texts of image i."
+
     name: str
-    images: Any               # uint8 tensor (N, 3, H, W), perhaps mapped
-    group: torch.Tensor       # int64 (N,)
-    texts: list[list[str]]    # one list of alternatives a group
-    views: dict = field(default_factory=dict) # options of `random_views` that suit these images
-    lost: tuple[str, ...] = ()                # candidates that were left out, and why
+    images: Any  # uint8 tensor (N, 3, H, W), perhaps mapped
+    group: torch.Tensor  # int64 (N,)
+    texts: list[list[str]]  # one list of alternatives a group
+    views: dict = field(default_factory=dict)  # options of `random_views` that suit these images
+    lost: tuple[str, ...] = ()  # candidates that were left out, and why
 
 # %% ../nbs/00_data.ipynb #dfd1a5bb
 def emojishift_pairs(
-    emoji: EmojiShift,          # loaded images
-    corpus: str,                # one of `CORPORA`
-    templates: Sequence = ()    # functions class name -> text, for the prompts
+    emoji: EmojiShift,  # loaded images
+    corpus: str,  # one of `CORPORA`
+    templates: Sequence = (),  # functions class name -> text, for the prompts
 ) -> PairCorpus:
     "Train concepts in ID styles, with the words of one of the three corpora, or with the keywords of another concept (`emojishift-shuffled`)."
     check_choice("corpus", corpus, CORPORA)
@@ -152,37 +208,59 @@ def emojishift_pairs(
         codes, _ = pd.factorize(t.concept)
         first = t.drop_duplicates("concept")
         group = torch.from_numpy(codes.astype(np.int64))
-        texts = [[n] if corpus == "emojishift-names" else [", ".join([n, *k])] for n, k in zip(first.name, first.keywords)]
-        if corpus == "emojishift-shuffled":                        # one cycle through all concepts: none keeps its own words
+        texts = [
+            [n] if corpus == "emojishift-names" else [", ".join([n, *k])]
+            for n, k in zip(first.name, first.keywords)
+        ]
+        if corpus == "emojishift-shuffled":  # one cycle through all concepts: none keeps its own words
             cycle = np.random.default_rng(0).permutation(len(texts))
             texts = [texts[j] for j in np.roll(cycle, 1)[np.argsort(cycle)]]
     return PairCorpus(corpus, emoji.images[torch.from_numpy(rows)], group, texts)
 
 # %% ../nbs/00_data.ipynb #9c0db0e1
 def random_affine(
-    n: int, g: torch.Generator,               # how many, and the source of chance
+    n: int,
+    g: torch.Generator,  # how many, and the source of chance
     scale: tuple[float, float] = (0.5, 1.0),  # area of the crop, of the image
-    angle: float = 0.2,                       # largest turn, radians
-    flip: bool = True                         # mirror half of them
-) -> torch.Tensor:                            # (n, 2, 3) for `F.affine_grid`
+    angle: float = 0.2,  # largest turn, radians
+    flip: bool = True,  # mirror half of them
+) -> torch.Tensor:  # (n, 2, 3) for `F.affine_grid`
     "Random crops with aspect ratio in [3/4, 4/3], turned and mirrored."
-    r = lambda: torch.rand(n, generator=g)
+
+    def r():
+        return torch.rand(n, generator=g)
+
     area, ratio = scale[0] + (scale[1] - scale[0]) * r(), torch.exp((2 * r() - 1) * math.log(4 / 3))
     h, w, a = (area / ratio).sqrt(), (area * ratio).sqrt(), (2 * r() - 1) * angle
-    if not angle: h, w = h.clamp(max=1), w.clamp(max=1)                    # without a turn, a crop can stay inside
+    if not angle:
+        h, w = h.clamp(max=1), w.clamp(max=1)  # without a turn, a crop can stay inside
     cx, cy = (2 * r() - 1) * (1 - w).clamp(min=0), (2 * r() - 1) * (1 - h).clamp(min=0)
     sign = torch.where(r() < 0.5, -1.0, 1.0) if flip else torch.ones(n)
-    return torch.stack([torch.stack([sign * w * a.cos(), -h * a.sin(), cx], 1), torch.stack([sign * w * a.sin(), h * a.cos(), cy], 1)], 1)
+    return torch.stack(
+        [
+            torch.stack([sign * w * a.cos(), -h * a.sin(), cx], 1),
+            torch.stack([sign * w * a.sin(), h * a.cos(), cy], 1),
+        ],
+        1,
+    )
+
 
 def random_colour(
-    x: torch.Tensor, g: torch.Generator, # (N, 3, H, W) float in [0, 1]; the source of chance
-    strength: float = 0.3,               # brightness, contrast and saturation change by up to this factor
-    gray: float = 0.1,                   # share of images that lose their colour
-    total: int = 0, part: slice = slice(None) # see `random_views`
+    x: torch.Tensor,
+    g: torch.Generator,  # (N, 3, H, W) float in [0, 1]; the source of chance
+    strength: float = 0.3,  # brightness, contrast and saturation change by up to this factor
+    gray: float = 0.1,  # share of images that lose their colour
+    total: int = 0,
+    part: slice = slice(None),  # see `random_views`
 ) -> torch.Tensor:
     "Brightness, contrast, saturation and grey, drawn for each image."
-    r = lambda: torch.rand(total or len(x), 1, 1, 1, generator=g)[part].to(x.device)
-    factor = lambda: 1 + strength * (2 * r() - 1)
+
+    def r():
+        return torch.rand(total or len(x), 1, 1, 1, generator=g)[part].to(x.device)
+
+    def factor():
+        return 1 + strength * (2 * r() - 1)
+
     x = x * factor()
     mean = x.mean((1, 2, 3), keepdim=True)
     x = (x - mean) * factor() + mean
@@ -191,15 +269,22 @@ def random_colour(
 
 # %% ../nbs/00_data.ipynb #0034f992
 def random_views(
-    images: torch.Tensor, g: torch.Generator,   # uint8 (N, 3, H, W); the source of chance
-    size: int = 64,                             # side of the views
-    scale: tuple[float, float] = (0.5, 1.0),    # area of the crop
-    strength: float = 0.3, gray: float = 0.1,   # see `random_colour`
-    angle: float = 0.2,                         # largest turn, radians
-    total: int = 0, part: slice = slice(None)   # if `images` are rows `part` of a batch of `total`: their views are those of the whole batch
-) -> torch.Tensor:                              # float32 (N, 3, size, size) in [0, 1], where the images are
+    images: torch.Tensor,
+    g: torch.Generator,  # uint8 (N, 3, H, W); the source of chance
+    size: int = 64,  # side of the views
+    scale: tuple[float, float] = (0.5, 1.0),  # area of the crop
+    strength: float = 0.3,
+    gray: float = 0.1,  # see `random_colour`
+    angle: float = 0.2,  # largest turn, radians
+    total: int = 0,
+    part: slice = slice(
+        None
+    ),  # if `images` are rows `part` of a batch of `total`: their views are those of the whole batch
+) -> torch.Tensor:  # float32 (N, 3, size, size) in [0, 1], where the images are
     "One random view of each image; outside the image is white. Without a turn, views stay inside."
     matrix = random_affine(total or len(images), g, scale=scale, angle=angle)[part].to(images.device)
     grid = F.affine_grid(matrix, [len(images), 3, size, size], align_corners=False)
-    inside = F.grid_sample(1 - images.float() / 255, grid, align_corners=False, padding_mode="zeros" if angle else "border")
+    inside = F.grid_sample(
+        1 - images.float() / 255, grid, align_corners=False, padding_mode="zeros" if angle else "border"
+    )
     return random_colour(1 - inside, g, strength=strength, gray=gray, total=total, part=part)

@@ -17,89 +17,115 @@ os.umask(_UMASK)
 # %% ../nbs/00_disk.ipynb #7bea7942
 def _lock(f: int | IO, kind: int) -> bool | None:
     "Take the lock of an open file if nobody else has it: was it taken? None on a file system without locks."
-    try: fcntl.flock(f, kind | fcntl.LOCK_NB)
-    except BlockingIOError: return False
-    except OSError: return None
+    try:
+        fcntl.flock(f, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
     return True
+
 
 def is_held(path: str | Path) -> bool:
     "Is a process in an `only_one` or `atomic_write` block of this file?"
     try:
-        with open(path) as f: return _lock(f, fcntl.LOCK_SH) is False               # NFS gives readers only shared locks
-    except FileNotFoundError: return False
-    except OSError: return True
+        with open(path) as f:
+            return _lock(f, fcntl.LOCK_SH) is False  # NFS gives readers only shared locks
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 # %% ../nbs/00_disk.ipynb #baf71021
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
+
 def _refusal(e: BaseException | None) -> int:
     "The system's error number, if this exception comes of a file that it would not take; else 0."
     while e:
-        if isinstance(e, OSError) and e.errno in _REFUSED: return e.errno
+        if isinstance(e, OSError) and e.errno in _REFUSED:
+            return e.errno
         for n in _REFUSED:
-            if f"(os error {n})" in str(e): return n                            # safetensors
+            if f"(os error {n})" in str(e):
+                return n  # safetensors
         e = e.__context__
     return 0
 
 # %% ../nbs/00_disk.ipynb #c0da33c4
 @contextlib.contextmanager
 def atomic_write(
-    path: str | Path # the file to make; its folder is made if it is missing
-) -> Iterator[Path]: # write to this one
+    path: str | Path,  # the file to make; its folder is made if it is missing
+) -> Iterator[Path]:  # write to this one
     "Give a temporary path in the same folder; on success move it to `path` in one step, on failure remove it. Raises `OSError` naming `path` where nothing can be written."
     path = Path(os.path.realpath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        if _lock(handle, fcntl.LOCK_EX): _clear(path)
-    except OSError as e: raise OSError(e.errno, f"{path} cannot be written: {e.strerror}") from e
+        if _lock(handle, fcntl.LOCK_EX):
+            _clear(path)
+    except OSError as e:
+        raise OSError(e.errno, f"{path} cannot be written: {e.strerror}") from e
     try:
         yield Path(name)
         os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_UMASK)
         os.fsync(handle)
         os.replace(name, path)
     except Exception as e:
-        if not (n := _refusal(e)): raise
-        raise OSError(n, f"{path} cannot be written: {os.strerror(n)}; what was there before is as it was") from e
+        if not (n := _refusal(e)):
+            raise
+        raise OSError(
+            n, f"{path} cannot be written: {os.strerror(n)}; what was there before is as it was"
+        ) from e
     finally:
         Path(name).unlink(missing_ok=True)
         os.close(handle)
+
 
 def _clear(path: Path) -> None:
     "Remove the temporaries of `path` that killed writers left: nobody holds them, and they are not of this minute."
     for old in path.parent.glob(f".{glob.escape(path.name)}.????????{glob.escape(path.suffix)}"):
         with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > 60 and not is_held(old): old.unlink()
+            if time.time() - old.stat().st_mtime > 60 and not is_held(old):
+                old.unlink()
 
 # %% ../nbs/00_disk.ipynb #e9d3847f
 def write_json(path: str | Path, value: Any) -> None:
     "Write `value` as indented JSON, atomically."
-    with atomic_write(path) as p: p.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    with atomic_write(path) as p:
+        p.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
 
 def claim_room(path: str | Path) -> None:
     "Have the system set aside the whole size of a file that was made sparse, as mapped arrays are. Raises `OSError` if there is no room."
     with open(path, "r+b") as f:
-        if hasattr(os, "posix_fallocate"): os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
 
 # %% ../nbs/00_disk.ipynb #a38a233f
 @contextlib.contextmanager
 def only_one(
-    path: str | Path # a lock file, made here and removed at the end
+    path: str | Path,  # a lock file, made here and removed at the end
 ) -> Iterator[None]:
     "Run the block when no other process that asks for the same file is in its own. Raises `OSError` where no file can be made."
     path = Path(path)
-    try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise OSError(e.errno, f"{path.parent} cannot be made: {e.strerror}") from e
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise OSError(e.errno, f"{path.parent} cannot be made: {e.strerror}") from e
     while True:
-        try: f = open(path, "a")
-        except OSError as e: raise OSError(e.errno, f"{path.parent} cannot be written to: {e.strerror}") from e
+        try:
+            f = open(path, "a")
+        except OSError as e:
+            raise OSError(e.errno, f"{path.parent} cannot be written to: {e.strerror}") from e
         if _lock(f, fcntl.LOCK_EX) is False:
             print(f"another process works at {path.stem} in {path.parent}; waiting for it", file=sys.stderr)
             fcntl.flock(f, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(f.fileno()), os.stat(path)): break     # else the one before removed it
+            if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
+                break  # else the one before removed it
         f.close()
-    try: yield
+    try:
+        yield
     finally:
         path.unlink(missing_ok=True)
         f.close()

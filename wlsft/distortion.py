@@ -17,8 +17,9 @@ from .search import knn_search
 
 # %% ../nbs/04_distortion.ipynb #827f4011
 def linear_cka(
-    x: torch.Tensor, y: torch.Tensor # (N, D) and (N, E): the same images, two encoders
-) -> float:                          # in [0, 1]
+    x: torch.Tensor,
+    y: torch.Tensor,  # (N, D) and (N, E): the same images, two encoders
+) -> float:  # in [0, 1]
     "Linear centred kernel alignment (Kornblith et al. 2019, eq. 6), in double precision."
     x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
     return float((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
@@ -26,58 +27,96 @@ def linear_cka(
 # %% ../nbs/04_distortion.ipynb #d3374234
 @torch.no_grad()
 def block_features(
-    encoder: Encoder, images: torch.Tensor,   # a timm model; uint8 (N, 3, H, W)
-    batch_size: int = 64
-) -> dict[str, torch.Tensor]:                 # site -> float32 (N, D), in order of depth; the last is `feature`
+    encoder: Encoder,
+    images: torch.Tensor,  # a timm model; uint8 (N, 3, H, W)
+    batch_size: int = 64,
+) -> dict[str, torch.Tensor]:  # site -> float32 (N, D), in order of depth; the last is `feature`
     "Mean over tokens of what enters each site, and the encoder's feature; the encoder stays as it was."
     sites = replay_sites(encoder)
     out: dict[str, list[torch.Tensor]] = {s: [] for s in (*sites, "feature")}
     mode = encoder.training
-    hooks = [m.register_forward_pre_hook(lambda m, a, s=s: out[s].append(as_tokens(a[0]).mean(1).float().cpu())) for s, m in sites.items()]
+    hooks = [
+        m.register_forward_pre_hook(lambda m, a, s=s: out[s].append(as_tokens(a[0]).mean(1).float().cpu()))
+        for s, m in sites.items()
+    ]
     try:
         encoder.eval()
-        for batch in decoded(images, batch_size): out["feature"].append(encoder(prepare(encoder, batch.to(next(encoder.parameters()).device))).float().cpu())
+        for batch in decoded(images, batch_size):
+            out["feature"].append(
+                encoder(prepare(encoder, batch.to(next(encoder.parameters()).device))).float().cpu()
+            )
     finally:
         encoder.train(mode)
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return {s: torch.cat(v) for s, v in out.items()}
 
 # %% ../nbs/04_distortion.ipynb #4d24e8e1
 def overlap(
-    x: torch.Tensor, y: torch.Tensor, # (N, D) and (N, E): the same images, two encoders
-    k: int = 20                       # fewer where there are not so many others
-) -> float:                           # in [0, 1]
+    x: torch.Tensor,
+    y: torch.Tensor,  # (N, D) and (N, E): the same images, two encoders
+    k: int = 20,  # fewer where there are not so many others
+) -> float:  # in [0, 1]
     "Mutual k-NN overlap: the share of an image's k nearest others (by cosine) that two encoders agree on."
     n = torch.arange(len(x))
     a, b = (knn_search(f, f, min(k, len(x) - 1), exclude=n)[1] for f in (x, y))
     return (a[:, :, None] == b[:, None]).any(2).float().mean().item()
 
+
 def distortion(
-    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor] # from `block_features`, of the same images
-) -> pd.DataFrame:                                                  # block, moved, relative, cosine, cka, overlap
+    before: dict[str, torch.Tensor],
+    after: dict[str, torch.Tensor],  # from `block_features`, of the same images
+) -> pd.DataFrame:  # block, moved, relative, cosine, cka, overlap
     "How far features moved, per block: mean L2, the same over the spread of `before`, mean cosine, linear CKA and mutual k-NN overlap."
     rows = []
     for s, x in before.items():
         moved = (after[s] - x).norm(dim=1).mean()
-        rows.append(dict(block=s, moved=float(moved), relative=float(moved / (x - x.mean(0)).norm(dim=1).mean()), cosine=float(F.cosine_similarity(x, after[s]).mean()),
-                         cka=linear_cka(x, after[s]), overlap=overlap(x, after[s])))
+        rows.append(
+            dict(
+                block=s,
+                moved=float(moved),
+                relative=float(moved / (x - x.mean(0)).norm(dim=1).mean()),
+                cosine=float(F.cosine_similarity(x, after[s]).mean()),
+                cka=linear_cka(x, after[s]),
+                overlap=overlap(x, after[s]),
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/04_distortion.ipynb #c92cec10
 def held_out_features(
-    encoder: Encoder, suite: Suite,
-    every: int = 4                        # of the held-out test images
+    encoder: Encoder,
+    suite: Suite,
+    every: int = 4,  # of the held-out test images
 ) -> dict[str, dict[str, torch.Tensor]]:  # `ID` and `OOD` -> `block_features`
     "Features per block of held-out test concepts, ID and OOD apart."
-    rows = {split: torch.cat([suite.sets[s] for s in suite.sets if suite.shift[s] == split and s != "id-val"])[::every] for split in ("ID", "OOD")}
+    rows = {
+        split: torch.cat([suite.sets[s] for s in suite.sets if suite.shift[s] == split and s != "id-val"])[
+            ::every
+        ]
+        for split in ("ID", "OOD")
+    }
     return {split: block_features(encoder, suite.images[r]) for split, r in rows.items()}
 
+
 def distortion_rows(
-    before: dict[str, dict], after: dict[str, dict] # from `held_out_features`, two encoders
-) -> pd.DataFrame:                                  # the columns of `knn_rows`; protocol `block:SITE`, metric a column of `distortion`
+    before: dict[str, dict],
+    after: dict[str, dict],  # from `held_out_features`, two encoders
+) -> pd.DataFrame:  # the columns of `knn_rows`; protocol `block:SITE`, metric a column of `distortion`
     "How far every block's features moved, as rows."
     parts = []
     for split in before:
         t = distortion(before[split], after[split]).melt("block", var_name="metric")
-        parts.append(t.assign(protocol="block:" + t.block, k=0, temperature=0.0, set=split, split=split, n=len(before[split]["feature"]), correct=None, concept=None))
+        parts.append(
+            t.assign(
+                protocol="block:" + t.block,
+                k=0,
+                temperature=0.0,
+                set=split,
+                split=split,
+                n=len(before[split]["feature"]),
+                correct=None,
+                concept=None,
+            )
+        )
     return pd.concat(parts, ignore_index=True).drop(columns="block")

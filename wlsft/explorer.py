@@ -24,10 +24,13 @@ from .files import decoded
 from .profile import Walk
 
 # %% ../nbs/09_explorer.ipynb #1e2e6b8f
-def answers_at(w: Walk, name: str, i: int, k: int = 20, temperature: float = 0.07) -> tuple[torch.Tensor, torch.Tensor]:
+def answers_at(
+    w: Walk, name: str, i: int, k: int = 20, temperature: float = 0.07
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Answers `(Q,)` of a set's queries at the i-th alpha, and the share of the vote behind each."
     share, _ = w.shares(i, name, min(k, w.cosines[name].shape[2]), temperature)
     return share.argmax(1), share.max(1).values
+
 
 def changed(w: Walk) -> pd.DataFrame:
     "One row a query of a reported set: set, place in the set, whether it was right at the first alpha and is at the last."
@@ -36,28 +39,60 @@ def changed(w: Walk) -> pd.DataFrame:
         for name in w.named(split):
             truth = w.labels(name, w.suite.sets[name])
             first, last = (answers_at(w, name, i)[0] == truth for i in (0, len(w.alphas) - 1))
-            parts.append(pd.DataFrame(dict(split=split, set=name, place=range(len(truth)), before=first.numpy(), after=last.numpy())))
+            parts.append(
+                pd.DataFrame(
+                    dict(
+                        split=split,
+                        set=name,
+                        place=range(len(truth)),
+                        before=first.numpy(),
+                        after=last.numpy(),
+                    )
+                )
+            )
     return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/09_explorer.ipynb #0f0050bd
 RIGHT, WRONG = ("#0072B2", "\u2713"), ("#D55E00", "\u2717")
 
+
 def _show(ax: plt.Axes, image: torch.Tensor, right: bool | None = None) -> None:
     "One image; framed and marked if `right` is said."
-    ax.imshow(image.permute(1, 2, 0).numpy()); ax.set(xticks=[], yticks=[])
+    ax.imshow(image.permute(1, 2, 0).numpy())
+    ax.set(xticks=[], yticks=[])
     colour, mark = ("0.7", "") if right is None else RIGHT if right else WRONG
-    for s in ax.spines.values(): s.set(visible=True, color=colour, linewidth=1.0 if right is None else 2.2)
-    if mark: ax.text(0.02, 0.98, mark, transform=ax.transAxes, color=colour, fontsize=7, va="top", weight="bold", bbox=dict(boxstyle="square,pad=0.1", fc="white", ec="none"))
+    for s in ax.spines.values():
+        s.set(visible=True, color=colour, linewidth=1.0 if right is None else 2.2)
+    if mark:
+        ax.text(
+            0.02,
+            0.98,
+            mark,
+            transform=ax.transAxes,
+            color=colour,
+            fontsize=7,
+            va="top",
+            weight="bold",
+            bbox=dict(boxstyle="square,pad=0.1", fc="white", ec="none"),
+        )
 
 # %% ../nbs/09_explorer.ipynb #d2b23dcc
 def figure_neighbours(
-    w: Walk, picks: Sequence[tuple[str, int]],      # see `walk`; queries as (set, place in the set), one row each
-    at: Sequence[int] = (0, -1), n: int = 5         # which alphas; neighbours shown
+    w: Walk,
+    picks: Sequence[tuple[str, int]],  # see `walk`; queries as (set, place in the set), one row each
+    at: Sequence[int] = (0, -1),
+    n: int = 5,  # which alphas; neighbours shown
 ) -> plt.Figure:
     "Each query beside its nearest neighbours at some alphas; right and wrong ones are marked."
     s, at = w.suite, [range(len(w.alphas))[i] for i in at]
     wide = [1.15] + ([0.25] + [1.0] * n) * len(at)
-    fig, axes = plt.subplots(len(picks), len(wide), figsize=(0.62 * sum(wide), 0.86 * len(picks) + 0.1), squeeze=False, gridspec_kw=dict(width_ratios=wide, wspace=0.08, hspace=0.45))
+    fig, axes = plt.subplots(
+        len(picks),
+        len(wide),
+        figsize=(0.62 * sum(wide), 0.86 * len(picks) + 0.1),
+        squeeze=False,
+        gridspec_kw=dict(width_ratios=wide, wspace=0.08, hspace=0.45),
+    )
     fig.subplots_adjust(left=0.05, right=0.995, bottom=0.01, top=1 - 0.27 / fig.get_figheight())
     for row, (name, place) in zip(axes, picks):
         q = s.sets[name][place]
@@ -65,56 +100,96 @@ def figure_neighbours(
         _show(row[0], s.images[q[None]][0])
         row[0].set_title(f"{s.classes[truth]}\n({name})", fontsize=6, pad=2)
         for j, i in enumerate(at):
-            cells, (answer, share) = row[1 + j * (n + 1):][:n + 1], (a[place] for a in answers_at(w, name, i))
+            cells, (answer, share) = (
+                row[1 + j * (n + 1) :][: n + 1],
+                (a[place] for a in answers_at(w, name, i)),
+            )
             cells[0].axis("off")
-            for ax, b in zip(cells[1:], w.found[name][i, place, :n]): _show(ax, s.images[b[None]][0], bool(w.labels(name, b) == truth))
+            for ax, b in zip(cells[1:], w.found[name][i, place, :n]):
+                _show(ax, s.images[b[None]][0], bool(w.labels(name, b) == truth))
             verdict = RIGHT if answer == truth else WRONG
-            cells[1].set_title(rf"$\alpha$ = {w.alphas[i]:.1f}: {s.classes[answer]} ({share:.0%}) {verdict[1]}", fontsize=6.5, loc="left", pad=2, color=verdict[0])
+            cells[1].set_title(
+                rf"$\alpha$ = {w.alphas[i]:.1f}: {s.classes[answer]} ({share:.0%}) {verdict[1]}",
+                fontsize=6.5,
+                loc="left",
+                pad=2,
+                color=verdict[0],
+            )
     return fig
 
 # %% ../nbs/09_explorer.ipynb #1c3c930f
 @torch.inference_mode()
 def nearest_places(
-    encoder: Encoder, images: torch.Tensor,    # at `theta_0`; uint8 (N, 3, H, W)
-    site: str, memory: torch.Tensor,           # name of a module; (m, D) tokens of its input
-    n: int = 6                                 # places shown for each token, at most N
-) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]: # images (m, n); place in the grid (m, n), -1: no place (a CLS token); the grid's rows and columns
+    encoder: Encoder,
+    images: torch.Tensor,  # at `theta_0`; uint8 (N, 3, H, W)
+    site: str,
+    memory: torch.Tensor,  # name of a module; (m, D) tokens of its input
+    n: int = 6,  # places shown for each token, at most N
+) -> tuple[
+    torch.Tensor, torch.Tensor, tuple[int, int]
+]:  # images (m, n); place in the grid (m, n), -1: no place (a CLS token); the grid's rows and columns
     "The images whose tokens come nearest to each token of a memory (Euclidean), one place an image."
     kept, grid = [], [0, 0]
+
     def keep(module: nn.Module, args: tuple) -> None:
         x, t = args[0], as_tokens(args[0]).float()
         side = int(t.shape[1] ** 0.5)
         grid[:] = x.shape[-2:] if x.ndim == 4 else (side, side)
         d, at = torch.cdist(t.flatten(0, 1), memory.to(t)).view(*t.shape[:2], -1).min(1)
-        kept.append((d.cpu(), at.cpu() - (t.shape[1] - grid[0] * grid[1])))        # leading tokens have no place
+        kept.append((d.cpu(), at.cpu() - (t.shape[1] - grid[0] * grid[1])))  # leading tokens have no place
+
     hook = encoder.get_submodule(site).register_forward_pre_hook(keep, prepend=True)
     try:
-        for batch in decoded(images, 128): encoder(prepare(encoder, batch.to(next(encoder.parameters()).device)))
-    finally: hook.remove()
+        for batch in decoded(images, 128):
+            encoder(prepare(encoder, batch.to(next(encoder.parameters()).device)))
+    finally:
+        hook.remove()
     distance, place = (torch.cat(v) for v in zip(*kept))
     near = distance.topk(n, dim=0, largest=False).indices
     return near.T, place.gather(0, near).T.clamp(min=-1), (grid[0], grid[1])
 
 # %% ../nbs/09_explorer.ipynb #44810b6c
-def figure_memory(images: torch.Tensor, near: torch.Tensor, place: torch.Tensor, grid: tuple[int, int]) -> plt.Figure:
+def figure_memory(
+    images: torch.Tensor, near: torch.Tensor, place: torch.Tensor, grid: tuple[int, int]
+) -> plt.Figure:
     "One row a token: the images nearest to it, the place framed."
-    fig, axes = plt.subplots(*near.shape, figsize=(0.72 * near.shape[1], 0.72 * near.shape[0]), squeeze=False, gridspec_kw=dict(wspace=0.08, hspace=0.08))
+    fig, axes = plt.subplots(
+        *near.shape,
+        figsize=(0.72 * near.shape[1], 0.72 * near.shape[0]),
+        squeeze=False,
+        gridspec_kw=dict(wspace=0.08, hspace=0.08),
+    )
     fig.subplots_adjust(0.01, 0.01, 0.99, 0.99)
     high, wide = images.shape[-2] / grid[0], images.shape[-1] / grid[1]
     for row, ids, places in zip(axes, near, place):
         for ax, i, p in zip(row, ids, places.tolist()):
             _show(ax, images[i[None]][0])
-            if p >= 0: ax.add_patch(plt.Rectangle((p % grid[1] * wide - 0.5, p // grid[1] * high - 0.5), wide, high, fill=False, lw=1.6, color="#CC79A7"))
+            if p >= 0:
+                ax.add_patch(
+                    plt.Rectangle(
+                        (p % grid[1] * wide - 0.5, p // grid[1] * high - 0.5),
+                        wide,
+                        high,
+                        fill=False,
+                        lw=1.6,
+                        color="#CC79A7",
+                    )
+                )
     return fig
 
 # %% ../nbs/09_explorer.ipynb #761494a6
 def _sheet(images: Sequence[torch.Tensor], tile: int, across: int) -> str:
     "Images as tiles of one WebP, row by row, as a data address."
     sheet = Image.new("RGB", (across * tile, -(-len(images) // across) * tile), "white")
-    for j, x in enumerate(images): sheet.paste(Image.fromarray(x.permute(1, 2, 0).numpy()).resize((tile, tile), Image.Resampling.LANCZOS), (j % across * tile, j // across * tile))
+    for j, x in enumerate(images):
+        sheet.paste(
+            Image.fromarray(x.permute(1, 2, 0).numpy()).resize((tile, tile), Image.Resampling.LANCZOS),
+            (j % across * tile, j // across * tile),
+        )
     buffer = io.BytesIO()
     sheet.save(buffer, "WEBP", quality=82, method=6)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
 
 def _along(w: Walk, name: str, place: int, n: int, tile_of: Callable[[torch.Tensor], int]) -> list[dict]:
     "One query at every alpha: the vote, and its neighbours as (tile, right)."
@@ -122,22 +197,53 @@ def _along(w: Walk, name: str, place: int, n: int, tile_of: Callable[[torch.Tens
     for i in range(len(w.alphas)):
         answer, share = (a[place] for a in answers_at(w, name, i))
         near = [[tile_of(b), int(w.labels(name, b) == truth)] for b in w.found[name][i, place, :n]]
-        out.append(dict(answer=w.suite.classes[answer], share=round(100 * share.item()), right=bool(answer == truth), near=near))
+        out.append(
+            dict(
+                answer=w.suite.classes[answer],
+                share=round(100 * share.item()),
+                right=bool(answer == truth),
+                near=near,
+            )
+        )
     return out
 
 # %% ../nbs/09_explorer.ipynb #0c722d1f
 def explorer_data(
-    walks: Mapping[str, Walk], curves: Mapping[str, pd.DataFrame], # of the same suite and alphas, by the run's name; from `profile`
-    picks: Sequence[tuple[str, int]], n: int = 8, tile: int = 48   # queries as (set, place); neighbours; pixels an image
+    walks: Mapping[str, Walk],
+    curves: Mapping[str, pd.DataFrame],  # of the same suite and alphas, by the run's name; from `profile`
+    picks: Sequence[tuple[str, int]],
+    n: int = 8,
+    tile: int = 48,  # queries as (set, place); neighbours; pixels an image
 ) -> dict:
     "Everything the page shows, as JSON would have it."
     w, order, across = next(iter(walks.values())), dict[int, int](), 24
-    tile_of = lambda row: order.setdefault(int(row), len(order))
-    queries = [dict(set=s, label=w.suite.classes[w.labels(s, w.suite.sets[s][p])], tile=tile_of(w.suite.sets[s][p])) for s, p in picks]
-    curve = lambda t: {s: g[["value", "low", "high"]].round(2).to_numpy().tolist() for s, g in t.groupby("set") if s in LOOK}
-    runs = {r: dict(queries=[_along(v, *p, n, tile_of) for p in picks], curves={m: curve(curves[r][curves[r].metric == m]) for m in ("accuracy", "change")}) for r, v in walks.items()}
+
+    def tile_of(row):
+        return order.setdefault(int(row), len(order))
+
+    queries = [
+        dict(set=s, label=w.suite.classes[w.labels(s, w.suite.sets[s][p])], tile=tile_of(w.suite.sets[s][p]))
+        for s, p in picks
+    ]
+
+    def curve(t):
+        return {
+            s: g[["value", "low", "high"]].round(2).to_numpy().tolist()
+            for s, g in t.groupby("set")
+            if s in LOOK
+        }
+
+    runs = {
+        r: dict(
+            queries=[_along(v, *p, n, tile_of) for p in picks],
+            curves={m: curve(curves[r][curves[r].metric == m]) for m in ("accuracy", "change")},
+        )
+        for r, v in walks.items()
+    }
     sheet = _sheet(w.suite.images[torch.tensor(list(order))], tile, across)
-    return dict(alphas=w.alphas, suite=w.suite.name, queries=queries, runs=runs, tile=tile, across=across, sheet=sheet)
+    return dict(
+        alphas=w.alphas, suite=w.suite.name, queries=queries, runs=runs, tile=tile, across=across, sheet=sheet
+    )
 
 # %% ../nbs/09_explorer.ipynb #db9ba6c7
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>wlsft: the alpha explorer</title><link rel="icon" href="data:,">
@@ -194,9 +300,9 @@ $("alpha").max = A.length - 1; $("alpha").value = 0; $("alpha").oninput = draw; 
 
 # %% ../nbs/09_explorer.ipynb #8e6c477f
 def explorer_page(
-    data: dict,      # from `explorer_data`
-    drawn: str = ""  # a sentence on how the queries were drawn
-) -> str:            # HTML that needs nothing else
+    data: dict,  # from `explorer_data`
+    drawn: str = "",  # a sentence on how the queries were drawn
+) -> str:  # HTML that needs nothing else
     "The alpha explorer as one self-contained page."
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     return _PAGE.replace("SCRIPT", _SCRIPT).replace("DRAWN", drawn).replace("DATA", text)

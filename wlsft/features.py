@@ -24,18 +24,26 @@ from .study import ParameterError, progress
 
 # %% ../nbs/03_features.ipynb #92b3b2e6
 def pick_device(
-    name: str = "" # such as `cpu`, `cuda`, `cuda:1`; empty: a GPU if there is one
+    name: str = "",  # such as `cpu`, `cuda`, `cuda:1`; empty: a GPU if there is one
 ) -> torch.device:
     "The device of a name. Raises `ParameterError` for one that is not there."
-    if not name: name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try: device = torch.device(name); torch.empty(0, device=device)
-    except Exception as e: raise ParameterError(f"device = {name!r} is not there ({str(e).splitlines()[0]}); allowed: cpu{', cuda' * torch.cuda.is_available()}") from e
+    if not name:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as e:
+        raise ParameterError(
+            f"device = {name!r} is not there ({str(e).splitlines()[0]}); allowed: cpu{', cuda' * torch.cuda.is_available()}"
+        ) from e
     return device
+
 
 def processes() -> tuple[int, int]:
     "This process's rank and how many there are: (0, 1) without `torchrun`."
     on = distributed.is_available() and distributed.is_initialized()
     return (distributed.get_rank(), distributed.get_world_size()) if on else (0, 1)
+
 
 def own(n: int) -> slice:
     "This process's part of n rows. Parts follow each other in rank order and are equal where the number of processes divides n."
@@ -45,15 +53,18 @@ def own(n: int) -> slice:
 # %% ../nbs/03_features.ipynb #b8154a9f
 @contextlib.contextmanager
 def claimed(
-    lock: Path, result: Path # see `only_one`; a file that the work ends with
+    lock: Path,
+    result: Path,  # see `only_one`; a file that the work ends with
 ) -> Iterator[bool]:
     "Hold `lock` against other jobs, the first process for all of a job. Is `result` still missing?"
     rank, world = processes()
-    done = world == 1 and result.is_file()                                              # then its folder may be one that is only read
+    done = world == 1 and result.is_file()  # then its folder may be one that is only read
     with only_one(lock) if rank == 0 and not done else contextlib.nullcontext():
-        if world > 1: distributed.barrier()
+        if world > 1:
+            distributed.barrier()
         yield not result.is_file()
-        if world > 1: distributed.barrier()                                             # nobody lets go before all are done
+        if world > 1:
+            distributed.barrier()  # nobody lets go before all are done
 
 # %% ../nbs/03_features.ipynb #6fe958a5
 @functools.cache
@@ -61,53 +72,100 @@ def _prefer_onednn() -> bool:
     "Is this a processor that MKL serves badly, with oneDNN at hand?"
     has: dict = getattr(torch.cpu, "get_capabilities", dict)()
     name = has.get("cpu_name", "")
-    return "AMD" in name and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return (
+        "AMD" in name
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     "`F.linear`, by oneDNN where it is faster and no gradient is wanted."
-    if not (_prefer_onednn() and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel()) or torch.is_grad_enabled(): return F.linear(x, weight, bias)
+    if (
+        not (
+            _prefer_onednn()
+            and x.dtype == weight.dtype == torch.float32
+            and x.device.type == "cpu"
+            and x.numel()
+        )
+        or torch.is_grad_enabled()
+    ):
+        return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
 
 class _Linear(TorchFunctionMode):
     "Within, `F.linear` is `linear`."
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.linear: return function(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction(): return linear(*args, **(kwargs or {}))
+        if function is not F.linear:
+            return function(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            return linear(*args, **(kwargs or {}))
 
 # %% ../nbs/03_features.ipynb #c8e5e3e0
 @torch.no_grad()
-def _walk(encoder: Encoder, images: torch.Tensor | ImageFiles, batch_size: int, bf16: bool, workers: int | None) -> Iterator[torch.Tensor]:
+def _walk(
+    encoder: Encoder, images: torch.Tensor | ImageFiles, batch_size: int, bf16: bool, workers: int | None
+) -> Iterator[torch.Tensor]:
     "Features of each batch, in evaluation mode; the model's mode is put back."
     mode, device = encoder.training, next(encoder.parameters()).device
     encoder.eval()
     try:
-        bar = progress(decoded(images, batch_size, workers), "features", total=-(-len(images) // batch_size), unit="image", unit_scale=batch_size)
+        bar = progress(
+            decoded(images, batch_size, workers),
+            "features",
+            total=-(-len(images) // batch_size),
+            unit="image",
+            unit_scale=batch_size,
+        )
         for batch in bar:
-            x = prepare(encoder, batch.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16) if bf16 else _Linear(): y = encoder(x)
+            x = prepare(encoder, batch.to(device, non_blocking=True)).contiguous(
+                memory_format=torch.channels_last
+            )
+            with torch.autocast(device.type, torch.bfloat16) if bf16 else _Linear():
+                y = encoder(x)
             yield y.float().cpu()
-    finally: encoder.train(mode)
+    finally:
+        encoder.train(mode)
+
 
 def embed(
-    encoder: Encoder, images: torch.Tensor | ImageFiles,   # a timm model; N images, uint8
-    batch_size: int = 64, bf16: bool = False,              # images a forward pass; half precision inside
-    workers: int | None = None                             # see `decoded`
-) -> torch.Tensor:                                         # float32 (N, D) on the CPU, not normalised
+    encoder: Encoder,
+    images: torch.Tensor | ImageFiles,  # a timm model; N images, uint8
+    batch_size: int = 64,
+    bf16: bool = False,  # images a forward pass; half precision inside
+    workers: int | None = None,  # see `decoded`
+) -> torch.Tensor:  # float32 (N, D) on the CPU, not normalised
     "Pooled features of all images, in evaluation mode; the model's mode, device and weights are left as they were."
     return torch.cat(list(_walk(encoder, images, batch_size, bf16, workers)), dim=-2)
 
 # %% ../nbs/03_features.ipynb #840849e3
 def extract(
-    encoder: Encoder, images: torch.Tensor | ImageFiles,   # as for `embed`
-    path: str | Path,                                      # the array, .npy; if it is there, it is read
-    batch_size: int = 64, bf16: bool = False, workers: int | None = None, every: int = 50 # see `embed`; batches between notes
-) -> torch.Tensor:                                         # float32 (N, D), mapped
+    encoder: Encoder,
+    images: torch.Tensor | ImageFiles,  # as for `embed`
+    path: str | Path,  # the array, .npy; if it is there, it is read
+    batch_size: int = 64,
+    bf16: bool = False,
+    workers: int | None = None,
+    every: int = 50,  # see `embed`; batches between notes
+) -> torch.Tensor:  # float32 (N, D), mapped
     "As `embed`, into an array on disk; resumes, and shares the rows among the processes of `torchrun`. Raises `OSError` before any work if there is no room."
     path, shape = Path(path), (*getattr(encoder, "lead", ()), len(images), encoder.num_features)
     with claimed(path.with_name(f".{path.name}.lock"), path) as missing:
-        if missing: _extract(encoder, images, path, dict(weights=weights_digest(encoder), shape=list(shape), batch_size=batch_size, bf16=bf16), every, workers)
+        if missing:
+            _extract(
+                encoder,
+                images,
+                path,
+                dict(weights=weights_digest(encoder), shape=list(shape), batch_size=batch_size, bf16=bf16),
+                every,
+                workers,
+            )
     found = np.load(path, mmap_mode="c")
-    if found.shape != shape: raise DataError(f"{path} holds {found.shape}, not {shape}; delete it to extract again")
+    if found.shape != shape:
+        raise DataError(f"{path} holds {found.shape}, not {shape}; delete it to extract again")
     return torch.from_numpy(found)
 
 # %% ../nbs/03_features.ipynb #b95c9913
@@ -115,26 +173,35 @@ def _extract(encoder: Encoder, images, path: Path, what: dict, every: int, worke
     "Make the array `path`, or finish one that was begun."
     part, (rank, world) = path.with_name(f".{path.name}.part"), processes()
     if rank == 0 and not part.is_file():
-        for note in path.parent.glob(f".{path.name}.*.json"): note.unlink()             # they tell of an array that is gone
-        with atomic_write(part) as p: np.lib.format.open_memmap(p, "w+", np.float32, tuple(what["shape"])); claim_room(p)
-    if world > 1: distributed.barrier()
+        for note in path.parent.glob(f".{path.name}.*.json"):
+            note.unlink()  # they tell of an array that is gone
+        with atomic_write(part) as p:
+            np.lib.format.open_memmap(p, "w+", np.float32, tuple(what["shape"]))
+            claim_room(p)
+    if world > 1:
+        distributed.barrier()
     _extract_rows(encoder, images, part, what, own(len(images)), every, workers)
-    if world > 1: distributed.barrier()
+    if world > 1:
+        distributed.barrier()
     if rank == 0:
         os.replace(part, path)
-        for note in path.parent.glob(f".{path.name}.*.json"): note.unlink()
+        for note in path.parent.glob(f".{path.name}.*.json"):
+            note.unlink()
 
 # %% ../nbs/03_features.ipynb #c97079c1
-def _extract_rows(encoder: Encoder, images, part: Path, what: dict, rows: slice, every: int, workers: int | None) -> None:
+def _extract_rows(
+    encoder: Encoder, images, part: Path, what: dict, rows: slice, every: int, workers: int | None
+) -> None:
     "Fill `rows` of the array `part`, from where this process's note says it stopped."
     note, size = part.with_suffix(f".{rows.start}-{rows.stop}.json"), what["batch_size"]
     old = json.loads(note.read_text()) if note.is_file() else {}
     done = old["done"] if {**old, "done": 0} == {**what, "done": 0} else rows.start
     out = np.lib.format.open_memmap(part, "r+")
-    if out.shape != tuple(what["shape"]): raise DataError(f"{part} holds {out.shape}, not {tuple(what['shape'])}; delete it to extract again")
+    if out.shape != tuple(what["shape"]):
+        raise DataError(f"{part} holds {out.shape}, not {tuple(what['shape'])}; delete it to extract again")
     rest = images[torch.arange(done, rows.stop)]
     for i, y in enumerate(_walk(encoder, rest, size, what["bf16"], workers) if len(rest) else [], 1):
-        out[..., done:done + y.shape[-2], :] = y.numpy()
+        out[..., done : done + y.shape[-2], :] = y.numpy()
         done += y.shape[-2]
         if i % every == 0 or done == rows.stop:
             out.flush()

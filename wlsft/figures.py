@@ -23,70 +23,124 @@ from .knn_eval import ConceptBootstrap, interval
 from .study import ParameterError, check_choice
 
 # %% ../nbs/09_figures.ipynb #a6ce6f55
-COLUMNS = ["study", "run", "method", "corpus", "encoder", "adapter", "lr", "seed", "alpha", "protocol", "k", "temperature", "set", "split", "metric", "value", "n", "correct", "concept"]
+COLUMNS = [
+    "study",
+    "run",
+    "method",
+    "corpus",
+    "encoder",
+    "adapter",
+    "lr",
+    "seed",
+    "alpha",
+    "protocol",
+    "k",
+    "temperature",
+    "set",
+    "split",
+    "metric",
+    "value",
+    "n",
+    "correct",
+    "concept",
+]
+
 
 def read_rows(
-    files: Sequence[str | Path], # parquet files written by chapter 05
-    study: str = ""              # keep only this label; empty: all
+    files: Sequence[str | Path],  # parquet files written by chapter 05
+    study: str = "",  # keep only this label; empty: all
 ) -> pd.DataFrame:
     "All rows, each measurement once. Raises `DataError` for a file that is not rows, `ParameterError` if nothing is left."
     parts = []
     for f in files:
-        try: t = pd.read_parquet(f)
-        except Exception as e: raise DataError(f"{f} cannot be read as parquet ({e})") from e
+        try:
+            t = pd.read_parquet(f)
+        except Exception as e:
+            raise DataError(f"{f} cannot be read as parquet ({e})") from e
         missing = [c for c in COLUMNS if c not in t]
-        if missing: raise DataError(f"{f} has no column {missing[0]}; it should hold {', '.join(COLUMNS)}")
+        if missing:
+            raise DataError(f"{f} has no column {missing[0]}; it should hold {', '.join(COLUMNS)}")
         parts.append(t[COLUMNS])
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
-    if study: check_choice("study", study, sorted(set(table.study))); table = table[table.study == study]
-    if not len(table): raise ParameterError("no rows: run `make study` first, or name a folder that holds rows.parquet files")
-    return table.drop_duplicates(["run", "alpha", "protocol", "k", "temperature", "set", "metric"], ignore_index=True)
+    if study:
+        check_choice("study", study, sorted(set(table.study)))
+        table = table[table.study == study]
+    if not len(table):
+        raise ParameterError(
+            "no rows: run `make study` first, or name a folder that holds rows.parquet files"
+        )
+    return table.drop_duplicates(
+        ["run", "alpha", "protocol", "k", "temperature", "set", "metric"], ignore_index=True
+    )
 
 # %% ../nbs/09_figures.ipynb #b076eb73
 def at_chosen_rate(rows: pd.DataFrame) -> pd.DataFrame:
     "`rows` of the learning rate that ID validation chooses for each encoder, corpus and adapter; no reported set is looked at."
     cell, own = ["encoder", "corpus", "adapter"], np.where(rows.method.str.startswith("WLSFT"), "id", "head")
     val = rows[(rows.alpha == 1) & (rows["set"] == "id-val") & (rows.protocol == own) & rows.k.isin([0, 20])]
-    val = val[val.groupby([*cell, "seed"]).lr.transform("nunique") == val.groupby(cell).lr.transform("nunique")]     # seeds that have every rate
+    val = val[
+        val.groupby([*cell, "seed"]).lr.transform("nunique") == val.groupby(cell).lr.transform("nunique")
+    ]  # seeds that have every rate
     best = val.groupby([*cell, "lr"]).value.mean().groupby(cell).idxmax().map(lambda k: k[-1])
     return rows[rows.lr == [best.get(tuple(k)) for k in rows[cell].to_numpy()]]
 
 # %% ../nbs/09_figures.ipynb #bfba9b7b
 def ood_sets(names: Sequence[str]) -> list[str]:
     "The OOD sets among names of sets: EmojiShift's styles in their order, then others as they come."
-    names = [n for n in dict.fromkeys(names) if n not in ("ID", "VAL", "OOD") and not n.startswith("id-") and not n.endswith("/seen")]
+    names = [
+        n
+        for n in dict.fromkeys(names)
+        if n not in ("ID", "VAL", "OOD") and not n.startswith("id-") and not n.endswith("/seen")
+    ]
     return [n for n in OOD_STYLES if n in names] + [n for n in names if n not in OOD_STYLES]
 
 # %% ../nbs/09_figures.ipynb #0718b85d
 KEY = ["encoder", "corpus", "adapter", "alpha"]
 
+
 def bootstrap_table(
-    rows: pd.DataFrame,              # from `read_rows`
-    draws: int = 1000, seed: int = 0, # bootstrap draws; their seed
-    protocol: str = "id"             # whose neighbours; or `head` or `probe`
-) -> pd.DataFrame:                   # KEY, set, draws (an array, the estimate first); set includes ID, VAL and OOD
+    rows: pd.DataFrame,  # from `read_rows`
+    draws: int = 1000,
+    seed: int = 0,  # bootstrap draws; their seed
+    protocol: str = "id",  # whose neighbours; or `head` or `probe`
+) -> pd.DataFrame:  # KEY, set, draws (an array, the estimate first); set includes ID, VAL and OOD
     "Accuracy draws of every set at the main k; bootstrap over concepts and seeds. Raises `ParameterError` where a cell has one seed twice."
     use = rows[(rows.protocol == protocol) & rows.correct.notna()]
     twice = use[use.duplicated([*KEY, "seed", "set"])]
-    if len(twice): raise ParameterError(f"several runs of {', '.join(twice[KEY[:3]].iloc[0])} have seed {twice.seed.iloc[0]}; keep one study and one learning rate (`at_chosen_rate`)")
+    if len(twice):
+        raise ParameterError(
+            f"several runs of {', '.join(twice[KEY[:3]].iloc[0])} have seed {twice.seed.iloc[0]}; keep one study and one learning rate (`at_chosen_rate`)"
+        )
     seeds = use.groupby(KEY).seed.transform("nunique")
-    use = use[seeds == seeds.groupby([use[c] for c in KEY[:3]]).transform("max")]     # an alpha that some seeds lack would compare other seeds
+    use = use[
+        seeds == seeds.groupby([use[c] for c in KEY[:3]]).transform("max")
+    ]  # an alpha that some seeds lack would compare other seeds
     boot = ConceptBootstrap(sorted({c for cs in use.drop_duplicates("set").concept for c in cs}), draws, seed)
     use = use.assign(draws=[boot.accuracy(c, k) for c, k in zip(use.correct, use.concept)])
     rng, out = np.random.default_rng(seed), []
-    picks = {n: np.vstack([np.arange(n), rng.integers(0, n, (draws, n))]) for n in sorted(set(use.groupby(KEY + ["set"]).size()))}
+    picks = {
+        n: np.vstack([np.arange(n), rng.integers(0, n, (draws, n))])
+        for n in sorted(set(use.groupby(KEY + ["set"]).size()))
+    }
     for key, part in use.sort_values("seed").groupby(KEY + ["set"]):
-        stack = np.stack(part.draws.to_list())                                       # (seeds, draws + 1)
+        stack = np.stack(part.draws.to_list())  # (seeds, draws + 1)
         out.append((*key, stack[picks[len(stack)], np.arange(draws + 1)[:, None]].mean(1), len(stack)))
     t = pd.DataFrame(out, columns=KEY + ["set", "draws", "seeds"])
     t["set"] = t["set"].replace({"id-test": "ID", "id-val": "VAL"})
-    ood = t[t["set"].isin(ood_sets(t["set"]))].groupby(KEY, as_index=False).agg(draws=("draws", lambda d: np.mean(d.to_list(), axis=0)), seeds=("seeds", "min"))
+    ood = (
+        t[t["set"].isin(ood_sets(t["set"]))]
+        .groupby(KEY, as_index=False)
+        .agg(draws=("draws", lambda d: np.mean(d.to_list(), axis=0)), seeds=("seeds", "min"))
+    )
     return pd.concat([t, ood.assign(set="OOD")], ignore_index=True)
 
 # %% ../nbs/09_figures.ipynb #d0edd586
 def with_interval(t: pd.DataFrame) -> pd.DataFrame:
     "Replace the `draws` column by `value, low, high`."
-    return t.drop(columns="draws").assign(**dict(zip(("value", "low", "high"), np.array([interval(d) for d in t.draws]).T)))
+    return t.drop(columns="draws").assign(
+        **dict(zip(("value", "low", "high"), np.array([interval(d) for d in t.draws]).T))
+    )
+
 
 def differences(t: pd.DataFrame) -> pd.DataFrame:
     "Subtract, draw by draw, the same encoder, corpus, adapter and set at alpha = 0; what has no alpha = 0 is left out."
@@ -97,29 +151,69 @@ def differences(t: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/09_figures.ipynb #724a7827
 LOOK = {"ID": ("#0072B2", "o", "-"), "OOD": ("#D55E00", "s", "--")}
 WORST = {"worst": ("#555555", "v", ":")}
-NAMES = {"full": "full fine-tuning", "film": "FiLM", "token-replay:recorded": "token replay", "token-replay:learned": "learned tokens", "token-replay:register": "one register",
-         "token-replay:gaussian": "Gaussian tokens", "token-replay:depth": "earlier tokens"}
-CELLS = [("token-replay:recorded", "emojishift-prompts"), ("token-replay:recorded", "emojishift-names"), ("film", "emojishift-keywords"), ("full", "emojishift-keywords"), ("FT", "emojishift-labels"), ("LP-FT", "emojishift-labels"),
-         ("token-replay:recorded", "imagenet20k"), ("token-replay:recorded", "cc20k"), ("film", "coco10k")]
-HUES = {"full": "#0072B2", "film": "#E69F00", "token-replay:recorded": "#009E73",         # adapters, Okabe and Ito's colours
-        "FT": "#D55E00", "LP-FT": "#CC79A7", "FLYP": "#0072B2", "FLYP, collisions positives": "#56B4E9", "FLYP, collisions ignored": "#009E73", "L2-SP": "#E69F00", "LP": "0.5", "LP-FT+film": "#56B4E9", "LP-FT+token-replay:recorded": "#000000"}
-SHAPES = dict(zip(HUES, "oD^sPv<>X*hpd"))                                            # their marks
-MARKS = {"emojishift-prompts": ("^", ":"), "emojishift-names": ("s", "--"), "emojishift-keywords": ("o", "-"), "emojishift-shuffled": ("X", "-."), "emojishift-labels": ("P", "-"),
-         "imagenet20k": ("^", ":"), "cc20k": ("s", "--"), "coco10k": ("o", "-")}   # corpora
+NAMES = {
+    "full": "full fine-tuning",
+    "film": "FiLM",
+    "token-replay:recorded": "token replay",
+    "token-replay:learned": "learned tokens",
+    "token-replay:register": "one register",
+    "token-replay:gaussian": "Gaussian tokens",
+    "token-replay:depth": "earlier tokens",
+}
+CELLS = [
+    ("token-replay:recorded", "emojishift-prompts"),
+    ("token-replay:recorded", "emojishift-names"),
+    ("film", "emojishift-keywords"),
+    ("full", "emojishift-keywords"),
+    ("FT", "emojishift-labels"),
+    ("LP-FT", "emojishift-labels"),
+    ("token-replay:recorded", "imagenet20k"),
+    ("token-replay:recorded", "cc20k"),
+    ("film", "coco10k"),
+]
+HUES = {
+    "full": "#0072B2",
+    "film": "#E69F00",
+    "token-replay:recorded": "#009E73",  # adapters, Okabe and Ito's colours
+    "FT": "#D55E00",
+    "LP-FT": "#CC79A7",
+    "FLYP": "#0072B2",
+    "FLYP, collisions positives": "#56B4E9",
+    "FLYP, collisions ignored": "#009E73",
+    "L2-SP": "#E69F00",
+    "LP": "0.5",
+    "LP-FT+film": "#56B4E9",
+    "LP-FT+token-replay:recorded": "#000000",
+}
+SHAPES = dict(zip(HUES, "oD^sPv<>X*hpd"))  # their marks
+MARKS = {
+    "emojishift-prompts": ("^", ":"),
+    "emojishift-names": ("s", "--"),
+    "emojishift-keywords": ("o", "-"),
+    "emojishift-shuffled": ("X", "-."),
+    "emojishift-labels": ("P", "-"),
+    "imagenet20k": ("^", ":"),
+    "cc20k": ("s", "--"),
+    "coco10k": ("o", "-"),
+}  # corpora
+
 
 def SHORT(corpus: str) -> str:
     "A corpus' name without the data set's."
     return corpus.removeprefix("emojishift-")
+
 
 def prefer(d: pd.DataFrame, keep: Sequence[bool] | pd.Series) -> pd.DataFrame:
     "The rows that `keep` marks, or all of them where it marks none: a study of other cells still gets its figures."
     chosen = np.asarray(keep, bool)
     return d[chosen] if chosen.any() else d
 
+
 def _seeds(d: pd.DataFrame) -> str:
     "How many seeds a mean is over, for a label."
     n = sorted(set(d.seeds)) if "seeds" in d else []
     return f"; {'1 seed' if n == [1] else ' or '.join(map(str, n)) + ' seeds'}" if n else ""
+
 
 def label_of(adapter: str, corpus: str) -> str:
     "How a cell is called in legends."
@@ -128,56 +222,115 @@ def label_of(adapter: str, corpus: str) -> str:
 # %% ../nbs/09_figures.ipynb #0540f68d
 def set_style() -> None:
     "Seaborn's ticks, paper-sized letters, no frame."
-    sns.set_theme(context="paper", style="ticks", font_scale=0.95, rc={"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 80, "savefig.dpi": 150, "legend.frameon": False})
+    sns.set_theme(
+        context="paper",
+        style="ticks",
+        font_scale=0.95,
+        rc={
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "figure.dpi": 80,
+            "savefig.dpi": 150,
+            "legend.frameon": False,
+        },
+    )
+
 
 def save_table(table: pd.DataFrame, folder: str | Path, name: str) -> None:
     "`name.csv` in `folder`, atomically; nothing if `folder` is empty."
-    if not str(folder): return
-    with atomic_write(Path(folder) / f"{name}.csv") as p: table.round(4).to_csv(p, index=False)
+    if not str(folder):
+        return
+    with atomic_write(Path(folder) / f"{name}.csv") as p:
+        table.round(4).to_csv(p, index=False)
+
 
 def save_figure(fig: plt.Figure, table: pd.DataFrame, folder: str | Path, name: str) -> None:
     "`name.png` and `name.csv` in `folder`, atomically, without dates or paths inside; nothing if `folder` is empty."
     save_table(table, folder, name)
-    if not str(folder): return
-    with atomic_write(Path(folder) / f"{name}.png") as p: fig.savefig(p, metadata={"Software": None})
+    if not str(folder):
+        return
+    with atomic_write(Path(folder) / f"{name}.png") as p:
+        fig.savefig(p, metadata={"Software": None})
 
 # %% ../nbs/09_figures.ipynb #f70d21dd
 def worst_set(t: pd.DataFrame) -> dict[str, str]:
     "encoder -> the OOD set on which it does worst before any tuning."
-    level = with_interval(t[(t.alpha == 0) & t["set"].isin(ood_sets(t["set"]))]).groupby(["encoder", "set"]).value.mean()
+    level = (
+        with_interval(t[(t.alpha == 0) & t["set"].isin(ood_sets(t["set"]))])
+        .groupby(["encoder", "set"])
+        .value.mean()
+    )
     return {e: level[e].idxmin() for e in level.index.unique(0)}
+
 
 def chosen_alpha(t: pd.DataFrame, by: str = "VAL") -> pd.Series:
     "The alpha of each encoder, corpus and adapter with the best ID-validation accuracy (mean over seeds; ties: the smaller); `by` another set is an oracle."
-    val = t[t["set"] == by].assign(v=lambda d: d.draws.map(lambda a: a[0])).sort_values([*KEY[:3], "v", "alpha"], ascending=[True] * 3 + [False, True])
+    val = (
+        t[t["set"] == by]
+        .assign(v=lambda d: d.draws.map(lambda a: a[0]))
+        .sort_values([*KEY[:3], "v", "alpha"], ascending=[True] * 3 + [False, True])
+    )
     return val.groupby(KEY[:3]).alpha.first()
+
 
 def _curves(ax: plt.Axes, d: pd.DataFrame, look: dict, best: float) -> None:
     "One cell: a line and a band a set, the alpha `best` marked open."
     for s, (colour, mark, line) in look.items():
         g = d[d["set"] == s]
-        ax.plot(g.alpha, g.value, color=colour, ls=line, marker=mark, ms=3.5, label=s if s != "worst" else f"{s} style")
+        ax.plot(
+            g.alpha,
+            g.value,
+            color=colour,
+            ls=line,
+            marker=mark,
+            ms=3.5,
+            label=s if s != "worst" else f"{s} style",
+        )
         ax.fill_between(g.alpha, g.low, g.high, color=colour, alpha=0.13, lw=0)
         ax.plot(g.alpha[g.alpha == best], g.value[g.alpha == best], mark, mfc="white", mec=colour, ms=6)
 
 # %% ../nbs/09_figures.ipynb #a7afb9ff
-def figure_alpha(t: pd.DataFrame, cells: Sequence = CELLS, change: bool = False) -> tuple[plt.Figure, pd.DataFrame]:
+def figure_alpha(
+    t: pd.DataFrame, cells: Sequence = CELLS, change: bool = False
+) -> tuple[plt.Figure, pd.DataFrame]:
     "k-NN accuracy against alpha, ID and OOD mean, one panel a cell (adapter, corpus), one row an encoder; as paired `change`, also the worst OOD set."
     look, worst, best = {**LOOK, **(WORST if change else {})}, worst_set(t), chosen_alpha(t)
-    if change: t = pd.concat([differences(t), differences(t[[s == worst[e] for e, s in zip(t.encoder, t["set"])]]).assign(set="worst")])
+    if change:
+        t = pd.concat(
+            [
+                differences(t),
+                differences(t[[s == worst[e] for e, s in zip(t.encoder, t["set"])]]).assign(set="worst"),
+            ]
+        )
     d = with_interval(t[t["set"].isin(look)])
     d = prefer(d, [c in cells for c in zip(d.adapter, d.corpus)])
     encoders, present = sorted(set(d.encoder)), set(zip(d.adapter, d.corpus))
     cells = [c for c in cells if c in present] or sorted(present)
-    fig, axes = plt.subplots(len(encoders), len(cells), figsize=(2.05 * len(cells) + 0.3, 2.2 * len(encoders) + 0.2), sharex=True, sharey="row", squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        len(encoders),
+        len(cells),
+        figsize=(2.05 * len(cells) + 0.3, 2.2 * len(encoders) + 0.2),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
     for (i, enc), (j, (adapter, corpus)) in itertools.product(enumerate(encoders), enumerate(cells)):
-        ax, own = axes[i, j], d[(d.encoder == enc) & (d.adapter == adapter) & (d.corpus == corpus)].sort_values("alpha")
+        ax, own = (
+            axes[i, j],
+            d[(d.encoder == enc) & (d.adapter == adapter) & (d.corpus == corpus)].sort_values("alpha"),
+        )
         _curves(ax, own, look, best.get((enc, corpus, adapter), -1))
-        if own.empty: ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", color="0.5")
-        if change: ax.axhline(0, color="0.6", lw=0.8, zorder=0)
-        if i == 0: ax.set_title(label_of(adapter, corpus).replace(", ", "\non "))
-        if i == len(encoders) - 1: ax.set_xlabel(r"$\alpha$")
-        if j == 0: ax.set_ylabel(f"{enc}\n" + ("change (points)" if change else "k-NN accuracy (%)"))
+        if own.empty:
+            ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", color="0.5")
+        if change:
+            ax.axhline(0, color="0.6", lw=0.8, zorder=0)
+        if i == 0:
+            ax.set_title(label_of(adapter, corpus).replace(", ", "\non "))
+        if i == len(encoders) - 1:
+            ax.set_xlabel(r"$\alpha$")
+        if j == 0:
+            ax.set_ylabel(f"{enc}\n" + ("change (points)" if change else "k-NN accuracy (%)"))
     axes[0, 0].legend(loc="best", handlelength=1.8)
     return fig, d
 
@@ -186,28 +339,47 @@ def selected(t: pd.DataFrame) -> pd.DataFrame:
     "Paired change from alpha = 0 at the ID-selected alpha and at alpha = 1, for ID, OOD and each style."
     best, d = chosen_alpha(t), differences(t)
     at = pd.Series([best.get(tuple(k)) for k in d[KEY[:3]].to_numpy()], index=d.index)
-    return with_interval(pd.concat([d[d.alpha == at].assign(choice="ID-selected"), d[d.alpha == 1].assign(choice="alpha = 1")], ignore_index=True))
+    return with_interval(
+        pd.concat(
+            [d[d.alpha == at].assign(choice="ID-selected"), d[d.alpha == 1].assign(choice="alpha = 1")],
+            ignore_index=True,
+        )
+    )
 
 # %% ../nbs/09_figures.ipynb #3d6d6e7a
 def logit(percent: np.ndarray | pd.Series | list[float]) -> np.ndarray:
     "log(p / (100 - p)): the axis on which WiSE-FT draws ID against OOD."
     return np.log(np.asarray(percent) / (100 - np.asarray(percent)))
 
+
 def figure_paths(t: pd.DataFrame) -> tuple[plt.Figure, pd.DataFrame]:
     "OOD mean against ID along alpha on logit axes, one panel an encoder, one line an adapter and corpus."
     d = with_interval(t[t["set"].isin(LOOK)]).pivot(index=KEY, columns="set", values="value").reset_index()
     d = prefer(d, d.groupby(KEY[:3]).alpha.transform("size") > 2)
     encoders = sorted(set(d.encoder))
-    fig, axes = plt.subplots(1, len(encoders), figsize=(2.9 * len(encoders) + 1.8, 3.0), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1, len(encoders), figsize=(2.9 * len(encoders) + 1.8, 3.0), squeeze=False, layout="constrained"
+    )
     for ax, enc in zip(axes[0], encoders):
         for (adapter, corpus), g in d[d.encoder == enc].sort_values("alpha").groupby(["adapter", "corpus"]):
-            ax.plot(logit(g.ID), logit(g.OOD), color=HUES.get(adapter, "0.4"), ls=MARKS.get(corpus, ("o", "-"))[1], lw=1.3, label=label_of(adapter, corpus))
+            ax.plot(
+                logit(g.ID),
+                logit(g.OOD),
+                color=HUES.get(adapter, "0.4"),
+                ls=MARKS.get(corpus, ("o", "-"))[1],
+                lw=1.3,
+                label=label_of(adapter, corpus),
+            )
             ax.plot(logit(g.ID.iloc[-1]), logit(g.OOD.iloc[-1]), "D", color=HUES.get(adapter, "0.4"), ms=4)
         ax.plot(logit(g.ID.iloc[0]), logit(g.OOD.iloc[0]), "k*", ms=10, zorder=5)
         x0, y0 = logit(g.ID.iloc[0]), logit(g.OOD.iloc[0])
         ax.axline((x0, y0), slope=1, color="0.8", lw=1, zorder=0)
         for axis, values in ((ax.xaxis, d[d.encoder == enc].ID), (ax.yaxis, d[d.encoder == enc].OOD)):
-            ticks = np.arange(np.floor(values.min()), np.ceil(values.max()) + 1, max(1, round((values.max() - values.min()) / 5)))
+            ticks = np.arange(
+                np.floor(values.min()),
+                np.ceil(values.max()) + 1,
+                max(1, round((values.max() - values.min()) / 5)),
+            )
             axis.set_ticks(logit(ticks), [f"{v:.0f}" for v in ticks])
         ax.set(title=enc, xlabel="ID accuracy (%)", ylabel="OOD accuracy, mean of sets (%)")
     handles = {l: h for ax in axes[0] for h, l in zip(*ax.get_legend_handles_labels())}
@@ -215,17 +387,44 @@ def figure_paths(t: pd.DataFrame) -> tuple[plt.Figure, pd.DataFrame]:
     return fig, d
 
 # %% ../nbs/09_figures.ipynb #f83b867c
-def figure_bars(d: pd.DataFrame, column: str, order: Sequence[str], label: str = "change in k-NN accuracy (points)") -> plt.Figure:
+def figure_bars(
+    d: pd.DataFrame, column: str, order: Sequence[str], label: str = "change in k-NN accuracy (points)"
+) -> plt.Figure:
     "Bars with intervals for ID and OOD, one group a value of `column`, one row an encoder; `d` has encoder, set, value, low, high."
     encoders = sorted(set(d.encoder))
-    fig, axes = plt.subplots(1, len(encoders), figsize=(2.3 * len(encoders) + 2.0, 0.36 * len(order) + 0.9), sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1,
+        len(encoders),
+        figsize=(2.3 * len(encoders) + 2.0, 0.36 * len(order) + 0.9),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for ax, enc in zip(axes[0], encoders):
         for shift, (s, (colour, _, _)) in zip((-0.18, 0.18), LOOK.items()):
             g = d[(d.encoder == enc) & (d["set"] == s)].set_index(column).reindex(order)
             y = np.arange(len(order)) + shift
-            ax.barh(y, g.value, height=0.34, color=colour, alpha=0.75, label=s, hatch="" if s == "ID" else "///", edgecolor="white", lw=0)
+            ax.barh(
+                y,
+                g.value,
+                height=0.34,
+                color=colour,
+                alpha=0.75,
+                label=s,
+                hatch="" if s == "ID" else "///",
+                edgecolor="white",
+                lw=0,
+            )
             ax.hlines(y, g.low, g.high, color="0.25", lw=1.1)
-            for i in np.flatnonzero(g.value.isna() | (g.low == g.high) & (g.value == 0)): ax.text(0, i, "  not run" if np.isnan(g.value.iloc[i]) else "  none: alpha = 0", fontsize=6, color="0.4", va="center") if s == "ID" else None
+            for i in np.flatnonzero(g.value.isna() | (g.low == g.high) & (g.value == 0)):
+                ax.text(
+                    0,
+                    i,
+                    "  not run" if np.isnan(g.value.iloc[i]) else "  none: alpha = 0",
+                    fontsize=6,
+                    color="0.4",
+                    va="center",
+                ) if s == "ID" else None
         ax.axvline(0, color="0.3", lw=0.8)
         ax.set(title=enc, yticks=range(len(order)), yticklabels=order)
     axes[0, 0].invert_yaxis()
@@ -236,26 +435,58 @@ def figure_bars(d: pd.DataFrame, column: str, order: Sequence[str], label: str =
 # %% ../nbs/09_figures.ipynb #1c4d1c70
 def figure_k(rows: pd.DataFrame, cells: Sequence = CELLS) -> tuple[plt.Figure, pd.DataFrame]:
     "Accuracy against k at alpha = 0 and alpha = 1 (mean over seeds), ID and OOD mean, one row an encoder."
-    d = rows[(rows.protocol == "id") & rows.split.isin(LOOK) & (rows["set"] != "id-val") & rows.alpha.isin([0, 1])]
+    d = rows[
+        (rows.protocol == "id") & rows.split.isin(LOOK) & (rows["set"] != "id-val") & rows.alpha.isin([0, 1])
+    ]
     d = prefer(d, [c in cells for c in zip(d.adapter, d.corpus)])
-    d = d.assign(adapter=np.where(d.alpha == 1, d.adapter, "pretrained"), corpus=np.where(d.alpha == 1, d.corpus, ""))
-    d = d.groupby(["encoder", "adapter", "corpus", "split", "k", "seed"], as_index=False).value.mean().groupby(["encoder", "adapter", "corpus", "split", "k"], as_index=False).value.mean()
+    d = d.assign(
+        adapter=np.where(d.alpha == 1, d.adapter, "pretrained"), corpus=np.where(d.alpha == 1, d.corpus, "")
+    )
+    d = (
+        d.groupby(["encoder", "adapter", "corpus", "split", "k", "seed"], as_index=False)
+        .value.mean()
+        .groupby(["encoder", "adapter", "corpus", "split", "k"], as_index=False)
+        .value.mean()
+    )
     encoders = sorted(set(d.encoder))
-    fig, axes = plt.subplots(len(encoders), 2, figsize=(7.4, 2.1 * len(encoders) + 0.2), sharex=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        len(encoders),
+        2,
+        figsize=(7.4, 2.1 * len(encoders) + 0.2),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for row, enc in zip(axes, encoders):
         for ax, split in zip(row, LOOK):
             for (a, c), g in d[(d.encoder == enc) & (d.split == split)].groupby(["adapter", "corpus"]):
                 mark, line = MARKS.get(c, ("*", "-"))
-                ax.plot(g.k, g.value, marker=mark, ls=line, color=HUES.get(a, "black"), ms=4, lw=1.2, label=label_of(a, c) if c else a)
-            ax.set(xscale="log", title=f"{enc}, {split}", ylabel="k-NN accuracy (%)" if split == "ID" else "", xlabel="k" if enc == encoders[-1] else "")
-            ax.set_xticks([1, 5, 20, 50, 200], [1, 5, 20, 50, 200], minor=False); ax.minorticks_off()
+                ax.plot(
+                    g.k,
+                    g.value,
+                    marker=mark,
+                    ls=line,
+                    color=HUES.get(a, "black"),
+                    ms=4,
+                    lw=1.2,
+                    label=label_of(a, c) if c else a,
+                )
+            ax.set(
+                xscale="log",
+                title=f"{enc}, {split}",
+                ylabel="k-NN accuracy (%)" if split == "ID" else "",
+                xlabel="k" if enc == encoders[-1] else "",
+            )
+            ax.set_xticks([1, 5, 20, 50, 200], [1, 5, 20, 50, 200], minor=False)
+            ax.minorticks_off()
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     return fig, d
 
 # %% ../nbs/09_figures.ipynb #96a7eb1b
 def figure_sets(
-    changes: pd.DataFrame,                    # encoder, adapter, corpus, set, value, low, high
-    names: Sequence[str], cells: Sequence = CELLS # sets, top to bottom; which (adapter, corpus)
+    changes: pd.DataFrame,  # encoder, adapter, corpus, set, value, low, high
+    names: Sequence[str],
+    cells: Sequence = CELLS,  # sets, top to bottom; which (adapter, corpus)
 ) -> tuple[plt.Figure, pd.DataFrame]:
     "Paired change of each set with its interval, one panel an encoder."
     d = changes[changes["set"].isin(names)]
@@ -263,13 +494,22 @@ def figure_sets(
     present = set(zip(d.adapter, d.corpus))
     cells = [c for c in cells if c in present] or sorted(present)
     encoders = sorted(set(d.encoder))
-    fig, axes = plt.subplots(1, len(encoders), figsize=(2.4 * len(encoders) + 2.4, 0.45 * len(names) + 0.6), sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1,
+        len(encoders),
+        figsize=(2.4 * len(encoders) + 2.4, 0.45 * len(names) + 0.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for ax, enc in zip(axes[0], encoders):
         for j, (a, c) in enumerate(cells):
             g = d[(d.encoder == enc) & (d.adapter == a) & (d.corpus == c)].set_index("set").reindex(names)
             y = np.arange(len(names)) + (j - (len(cells) - 1) / 2) * 0.72 / len(cells)
             ax.hlines(y, g.low, g.high, color=HUES.get(a, "0.4"), lw=1.2)
-            ax.plot(g.value, y, MARKS.get(c, ("o", "-"))[0], color=HUES.get(a, "0.4"), ms=4, label=label_of(a, c))
+            ax.plot(
+                g.value, y, MARKS.get(c, ("o", "-"))[0], color=HUES.get(a, "0.4"), ms=4, label=label_of(a, c)
+            )
         ax.axvline(0, color="0.3", lw=0.8)
         ax.set(title=enc, yticks=range(len(names)), yticklabels=names)
     axes[0, 0].invert_yaxis()
@@ -280,9 +520,34 @@ def figure_sets(
 # %% ../nbs/09_figures.ipynb #b11bdec3
 def beside_published(rows: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     "Published k-NN accuracy of DINO's ViTs on ImageNet with, where the rows have them, ours at alpha = 0 and the same k and temperature."
-    keep = published[(published.paper == "DINO") & published.metric.str.startswith("k-NN") & (published.dataset == "ImageNet") & (published.method == "DINO") & published.k.notna()]
-    same = {"ViT-S/16": "vit_small_patch16_224.dino", "ViT-B/16": "vit_base_patch16_224.dino", "ViT-S/8": "vit_small_patch8_224.dino", "ViT-B/8": "vit_base_patch8_224.dino"}
-    mine = rows[(rows.alpha == 0) & (rows.protocol == "id") & (rows["set"] == "id-test") & ~rows.corpus.str.startswith("emojishift")]
-    mine = mine.assign(kind=mine.encoder.str.split("=").str[0]).groupby(["kind", "k", "temperature"]).value.mean()
+    keep = published[
+        (published.paper == "DINO")
+        & published.metric.str.startswith("k-NN")
+        & (published.dataset == "ImageNet")
+        & (published.method == "DINO")
+        & published.k.notna()
+    ]
+    same = {
+        "ViT-S/16": "vit_small_patch16_224.dino",
+        "ViT-B/16": "vit_base_patch16_224.dino",
+        "ViT-S/8": "vit_small_patch8_224.dino",
+        "ViT-B/8": "vit_base_patch8_224.dino",
+    }
+    mine = rows[
+        (rows.alpha == 0)
+        & (rows.protocol == "id")
+        & (rows["set"] == "id-test")
+        & ~rows.corpus.str.startswith("emojishift")
+    ]
+    mine = (
+        mine.assign(kind=mine.encoder.str.split("=").str[0])
+        .groupby(["kind", "k", "temperature"])
+        .value.mean()
+    )
     ours = [mine.get((same.get(r.architecture), r.k, r.temperature), float("nan")) for r in keep.itertuples()]
-    return keep[["architecture", "k", "temperature", "value", "source"]].rename(columns=dict(value="published")).assign(ours=ours).drop_duplicates(["architecture", "k", "temperature"], ignore_index=True)
+    return (
+        keep[["architecture", "k", "temperature", "value", "source"]]
+        .rename(columns=dict(value="published"))
+        .assign(ours=ours)
+        .drop_duplicates(["architecture", "k", "temperature"], ignore_index=True)
+    )

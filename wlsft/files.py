@@ -25,7 +25,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     "Any mode as 8-bit RGB: as Pillow converts, but 16-bit greys are scaled instead of clipped."
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image, np.float32)
-        image = Image.fromarray((grey / 257 if grey.max(initial=0) > 255 else grey).round().clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(
+            (grey / 257 if grey.max(initial=0) > 255 else grey).round().clip(0, 255).astype(np.uint8)
+        )
     return image.convert("RGB")
 
 # %% ../nbs/00_files.ipynb #39ef6b84
@@ -40,17 +42,25 @@ def centre(image: Image.Image, size: int, crop: float) -> torch.Tensor:
 # %% ../nbs/00_files.ipynb #adfec7d9
 class Source(Protocol):
     "Where images come from."
+
     def __len__(self) -> int: ...
     def open(self, i: int) -> Image.Image: ...
     def name(self, i: int) -> str: ...
 
+
 @dataclass(frozen=True)
 class Paths:
     "Image files."
+
     paths: Sequence[str | Path]
-    border: int = 0          # pixels cut off on every side first: 2 for ObjectNet
-    def __len__(self) -> int: return len(self.paths)
-    def name(self, i: int) -> str: return str(self.paths[i])
+    border: int = 0  # pixels cut off on every side first: 2 for ObjectNet
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, i: int) -> str:
+        return str(self.paths[i])
+
     def open(self, i: int) -> Image.Image:
         image, b = Image.open(self.paths[i]), self.border
         return image.crop((b, b, image.width - b, image.height - b)) if b else image
@@ -59,10 +69,18 @@ class Paths:
 @dataclass(frozen=True)
 class TarMembers:
     "Images inside tars."
-    members: Sequence[tuple[str, str, int, int]]   # tar, member, offset, bytes
-    def __len__(self) -> int: return len(self.members)
-    def name(self, i: int) -> str: return ":".join(self.members[i][:2])
-    def open(self, i: int) -> Image.Image: return Image.open(io.BytesIO(self.read(i)))
+
+    members: Sequence[tuple[str, str, int, int]]  # tar, member, offset, bytes
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def name(self, i: int) -> str:
+        return ":".join(self.members[i][:2])
+
+    def open(self, i: int) -> Image.Image:
+        return Image.open(io.BytesIO(self.read(i)))
+
     def read(self, i: int) -> bytes:
         "The member's bytes."
         tar, _, offset, n = self.members[i]
@@ -74,117 +92,183 @@ class TarMembers:
 @dataclass(frozen=True)
 class Items:
     "A data set of torchvision: item i is an image, or begins with one."
+
     items: Sequence
     label: str = "item"
-    def __len__(self) -> int: return len(self.items)
-    def name(self, i: int) -> str: return f"{self.label} {i}"
-    def open(self, i: int) -> Image.Image: return self.items[i][0] if isinstance(self.items[i], tuple) else self.items[i]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def name(self, i: int) -> str:
+        return f"{self.label} {i}"
+
+    def open(self, i: int) -> Image.Image:
+        return self.items[i][0] if isinstance(self.items[i], tuple) else self.items[i]
 
 # %% ../nbs/00_files.ipynb #c5170d12
 def tar_members(path: str | Path) -> list[tuple[str, str, int, int]]:
     "Regular files of a tar, in order: (tar, member, offset, bytes). A tar that is cut short gives what is whole; raises `DataError` if it is none."
     found, size = [], Path(path).stat().st_size
     try:
-        with tarfile.open(path, "r:") as tar:                          # plain ones only: in a compressed one, no member has a place
+        with tarfile.open(path, "r:") as tar:  # plain ones only: in a compressed one, no member has a place
             for m in tar:
-                if m.isfile() and m.offset_data + m.size <= size: found.append((str(path), m.name, m.offset_data, m.size))
+                if m.isfile() and m.offset_data + m.size <= size:
+                    found.append((str(path), m.name, m.offset_data, m.size))
     except (tarfile.TarError, OSError, ValueError, OverflowError) as e:
-        if not found: raise DataError(f"{path} is not a tar, or a compressed one ({e})") from e
+        if not found:
+            raise DataError(f"{path} is not a tar, or a compressed one ({e})") from e
     return found
 
 # %% ../nbs/00_files.ipynb #ea64f8a0
 @dataclass(frozen=True)
 class ImageFiles:
     "Images that are decoded when a batch needs them; stands where a uint8 `(N, 3, size, size)` tensor stands."
+
     sources: tuple[Source, ...]
-    at: np.ndarray                # int64 (N, 2): which source, which image of it
-    size: int                     # side
-    crop: float = 0.875           # see `centre`
+    at: np.ndarray  # int64 (N, 2): which source, which image of it
+    size: int  # side
+    crop: float = 0.875  # see `centre`
+
     @classmethod
     def of(cls, source: Source, size: int, crop: float = 0.875) -> "ImageFiles":
         "All images of a source."
-        check_range("size", size, 1, 4096, integer=True); check_range("crop", crop, 0.1, 1)
-        return cls((source,), np.stack([np.zeros(len(source), np.int64), np.arange(len(source))], 1), size, crop)
-    def __len__(self) -> int: return len(self.at)
+        check_range("size", size, 1, 4096, integer=True)
+        check_range("crop", crop, 0.1, 1)
+        return cls(
+            (source,), np.stack([np.zeros(len(source), np.int64), np.arange(len(source))], 1), size, crop
+        )
+
+    def __len__(self) -> int:
+        return len(self.at)
+
     @property
-    def shape(self) -> tuple[int, int, int, int]: return (len(self), 3, self.size, self.size)
-    def __getitem__(self, rows) -> "ImageFiles": return replace(self, at=self.at[rows if isinstance(rows, slice) else np.asarray(rows)])
+    def shape(self) -> tuple[int, int, int, int]:
+        return (len(self), 3, self.size, self.size)
+
+    def __getitem__(self, rows) -> "ImageFiles":
+        return replace(self, at=self.at[rows if isinstance(rows, slice) else np.asarray(rows)])
+
     def __add__(self, other: "ImageFiles") -> "ImageFiles":
         moved = other.at + [len(self.sources), 0]
         return replace(self, sources=self.sources + other.sources, at=np.concatenate([self.at, moved]))
+
     def name(self, i: int) -> str:
         "Where image i is."
         s, j = self.at[i]
         return self.sources[s].name(int(j))
+
     def decode(self, i: int) -> torch.Tensor:
         "Image i as uint8 `(3, size, size)`. Raises `DataError` naming the file."
         s, j = self.at[i]
         try:
             image = self.sources[s].open(int(j))
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf): raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             return centre(image, self.size, self.crop)
-        except Exception as e: raise DataError(f"{self.name(i)} cannot be decoded ({type(e).__name__}: {e})") from e
+        except Exception as e:
+            raise DataError(f"{self.name(i)} cannot be decoded ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/00_files.ipynb #5bd14b78
 class _Rows(torch.utils.data.Dataset):
     "One image, or the message why there is none."
-    def __init__(self, files: ImageFiles, strict: bool): self.files, self.strict = files, strict
-    def __len__(self) -> int: return len(self.files)
+
+    def __init__(self, files: ImageFiles, strict: bool):
+        self.files, self.strict = files, strict
+
+    def __len__(self) -> int:
+        return len(self.files)
+
     def __getitem__(self, i: int):
-        try: return self.files.decode(i), ""
+        try:
+            return self.files.decode(i), ""
         except DataError as e:
-            if self.strict: raise
+            if self.strict:
+                raise
             return torch.zeros(3, self.files.size, self.files.size, dtype=torch.uint8), str(e)
+
 
 def cores() -> int:
     "Processors that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-def _loader(files: ImageFiles, rows: Sequence[torch.Tensor], workers: int | None, strict: bool) -> torch.utils.data.DataLoader:
+
+def _loader(
+    files: ImageFiles, rows: Sequence[torch.Tensor], workers: int | None, strict: bool
+) -> torch.utils.data.DataLoader:
     n = (min(16, cores()) if len(files) > 256 else 0) if workers is None else workers
-    join = lambda items: (torch.stack([x for x, _ in items]), [why for _, why in items])
-    return torch.utils.data.DataLoader(_Rows(files, strict), batch_sampler=[r.tolist() for r in rows], num_workers=n, collate_fn=join, prefetch_factor=2 if n else None)
+
+    def join(items):
+        return (torch.stack([x for x, _ in items]), [why for _, why in items])
+
+    return torch.utils.data.DataLoader(
+        _Rows(files, strict),
+        batch_sampler=[r.tolist() for r in rows],
+        num_workers=n,
+        collate_fn=join,
+        prefetch_factor=2 if n else None,
+    )
+
 
 def decoded(
-    images: torch.Tensor | ImageFiles,   # N images
+    images: torch.Tensor | ImageFiles,  # N images
     rows: int | Sequence[torch.Tensor],  # batch size, or the rows of each batch
-    workers: int | None = None           # processes that decode; None: one a processor, none for a few images
-) -> Iterator[torch.Tensor]:             # uint8 (n, 3, H, W)
+    workers: int | None = None,  # processes that decode; None: one a processor, none for a few images
+) -> Iterator[torch.Tensor]:  # uint8 (n, 3, H, W)
     "Batches of images in order. Raises `DataError` naming a file that cannot be decoded."
-    if isinstance(rows, int): rows = torch.arange(len(images)).split(rows) if len(images) else []
-    if isinstance(images, torch.Tensor): yield from (images[r] for r in rows)
-    else: yield from (batch for batch, _ in _loader(images, rows, workers, True))
+    if isinstance(rows, int):
+        rows = torch.arange(len(images)).split(rows) if len(images) else []
+    if isinstance(images, torch.Tensor):
+        yield from (images[r] for r in rows)
+    else:
+        yield from (batch for batch, _ in _loader(images, rows, workers, True))
 
 # %% ../nbs/00_files.ipynb #b4407dce
 def decode_first(
-    files: ImageFiles, n: int,                   # candidates in order; how many images are wanted, 0: all that can be read
-    cache: str | Path, workers: int | None = None # folder of the array, which is made once
-) -> tuple[torch.Tensor, np.ndarray, list[str]]: # uint8 (n, 3, size, size), mapped; rows of `files`; why others were left out
+    files: ImageFiles,
+    n: int,  # candidates in order; how many images are wanted, 0: all that can be read
+    cache: str | Path,
+    workers: int | None = None,  # folder of the array, which is made once
+) -> tuple[
+    torch.Tensor, np.ndarray, list[str]
+]:  # uint8 (n, 3, size, size), mapped; rows of `files`; why others were left out
     "The first `n` readable images. Raises `DataError` if there are fewer, or none."
     names = [files.name(i) for i in range(len(files))]
     path = Path(cache) / f"images-{digest([names, n, files.size, files.crop])}.npy"
     note = path.with_suffix(".json")
     with contextlib.nullcontext() if note.is_file() else only_one(path.with_suffix(".lock")):
         if not note.is_file():
-            with atomic_write(path) as p: kept, lost = _decode_into(p, files, n, workers)
+            with atomic_write(path) as p:
+                kept, lost = _decode_into(p, files, n, workers)
             write_json(note, dict(kept=kept, unreadable=lost))
     report = json.loads(note.read_text())
-    return torch.from_numpy(np.load(path, mmap_mode="c")[:len(report["kept"])]), np.array(report["kept"], np.int64), report["unreadable"]
+    return (
+        torch.from_numpy(np.load(path, mmap_mode="c")[: len(report["kept"])]),
+        np.array(report["kept"], np.int64),
+        report["unreadable"],
+    )
 
 # %% ../nbs/00_files.ipynb #af1c0d0b
 def _decode_into(path: Path, files: ImageFiles, n: int, workers: int | None) -> tuple[list[int], list[str]]:
     least, n = n or 1, n or len(files)
-    out = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, files.size, files.size)); claim_room(path)
+    out = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, files.size, files.size))
+    claim_room(path)
     kept: list[int] = []
     lost: list[str] = []
     rows = torch.arange(len(files)).split(32) if len(files) else []
-    for pick, (batch, why) in zip(rows, progress(_loader(files, rows, workers, False), "decoding", total=-(-n // 32), unit="batch")):
+    for pick, (batch, why) in zip(
+        rows, progress(_loader(files, rows, workers, False), "decoding", total=-(-n // 32), unit="batch")
+    ):
         for i, image, reason in zip(pick.tolist(), batch, why):
-            if reason: lost.append(reason)
+            if reason:
+                lost.append(reason)
             elif len(kept) < n:
                 out[len(kept)] = image.numpy()
                 kept.append(i)
-        if len(kept) == n: break
-    if len(kept) < least: raise DataError(f"only {len(kept)} of {len(files)} candidates can be read, {least} are wanted; the first that cannot: {lost[0] if lost else 'none'}")
+        if len(kept) == n:
+            break
+    if len(kept) < least:
+        raise DataError(
+            f"only {len(kept)} of {len(files)} candidates can be read, {least} are wanted; the first that cannot: {lost[0] if lost else 'none'}"
+        )
     out.flush()
     return kept, lost

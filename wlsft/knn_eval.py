@@ -18,7 +18,9 @@ from .study import check_choice, check_range
 KS = (1, 5, 10, 20, 50, 100, 200)
 
 # %% ../nbs/04_knn_eval.ipynb #937641d7
-def _tallies(cosines: torch.Tensor, labels: torch.Tensor, classes: int, ks: Sequence[int], temperature: float) -> Iterator[tuple[int, torch.Tensor]]:
+def _tallies(
+    cosines: torch.Tensor, labels: torch.Tensor, classes: int, ks: Sequence[int], temperature: float
+) -> Iterator[tuple[int, torch.Tensor]]:
     "k and the summed votes (N, C) of the first k neighbours, k rising; the same tensor goes on being added to."
     weights = ((cosines - cosines[:, :1]) / temperature).exp()
     total, done = torch.zeros(len(cosines), classes), 0
@@ -26,92 +28,149 @@ def _tallies(cosines: torch.Tensor, labels: torch.Tensor, classes: int, ks: Sequ
         yield k, total.scatter_add_(1, labels[:, done:k], weights[:, done:k])
         done = k
 
+
 @torch.inference_mode()
 def knn_votes(
-    cosines: torch.Tensor, labels: torch.Tensor, # (N, K), falling; (N, K) labels of those neighbours
-    classes: int,                                # number of classes C
-    ks: Sequence[int] = KS,                      # every k wanted, at most K
-    temperature: float = 0.07                    # T
-) -> dict[int, torch.Tensor]:                    # k -> float32 (N, C), rows sum to 1
+    cosines: torch.Tensor,
+    labels: torch.Tensor,  # (N, K), falling; (N, K) labels of those neighbours
+    classes: int,  # number of classes C
+    ks: Sequence[int] = KS,  # every k wanted, at most K
+    temperature: float = 0.07,  # T
+) -> dict[int, torch.Tensor]:  # k -> float32 (N, C), rows sum to 1
     "Shares of the weighted vote exp(cosine / T) among the first k neighbours, for every k at once (Caron et al. 2021)."
-    for k in ks: check_range("k", k, 1, cosines.shape[1], integer=True)
-    return {k: total / total.sum(1, keepdim=True) for k, total in _tallies(cosines, labels, classes, ks, temperature)}
+    for k in ks:
+        check_range("k", k, 1, cosines.shape[1], integer=True)
+    return {
+        k: total / total.sum(1, keepdim=True)
+        for k, total in _tallies(cosines, labels, classes, ks, temperature)
+    }
 
 # %% ../nbs/04_knn_eval.ipynb #b88f8d36
 def knn_predict(
-    query: torch.Tensor, bank: torch.Tensor, # float32 (N, D) and (B, D)
-    labels: torch.Tensor, classes: int,      # int64 (B,), of the bank; number of classes C
-    ks: Sequence[int] = KS,                  # every k wanted, at most B
-    temperature: float = 0.07,               # T
-    exclude: torch.Tensor | None = None      # int (N,): bank row that a query must not find, -1 for none
-) -> dict[int, torch.Tensor]:                # k -> int64 (N,), the class with the largest vote
+    query: torch.Tensor,
+    bank: torch.Tensor,  # float32 (N, D) and (B, D)
+    labels: torch.Tensor,
+    classes: int,  # int64 (B,), of the bank; number of classes C
+    ks: Sequence[int] = KS,  # every k wanted, at most B
+    temperature: float = 0.07,  # T
+    exclude: torch.Tensor | None = None,  # int (N,): bank row that a query must not find, -1 for none
+) -> dict[int, torch.Tensor]:  # k -> int64 (N,), the class with the largest vote
     "The k-NN classifier's answers for every k, from one search."
     cosines, found = nearest(query, bank, max(ks), exclude)
-    chunks = zip(cosines.split(1024), found.split(1024))                   # a table of 1,024 queries by classes stays in the cache
-    parts = [{k: total.argmax(1) for k, total in _tallies(c, labels[f], classes, ks, temperature)} for c, f in chunks]
+    chunks = zip(
+        cosines.split(1024), found.split(1024)
+    )  # a table of 1,024 queries by classes stays in the cache
+    parts = [
+        {k: total.argmax(1) for k, total in _tallies(c, labels[f], classes, ks, temperature)}
+        for c, f in chunks
+    ]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 # %% ../nbs/04_knn_eval.ipynb #fc643c3b
 def knn_rows(
-    features: torch.Tensor, suite: Suite,      # (N, D) aligned with `suite.images`; rows of unused images are not read
-    sets: Sequence[str] | None = None,         # which query sets; None: all
-    banks: Sequence[str] = ("id",),            # which banks
-    ks: Sequence[int] = KS, main_k: int = 20,  # every k reported; the k whose single answers are kept
-    temperature: float = 0.07                  # T
-) -> pd.DataFrame:                             # protocol, k, temperature, set, split, metric, value, n, correct, concept
+    features: torch.Tensor,
+    suite: Suite,  # (N, D) aligned with `suite.images`; rows of unused images are not read
+    sets: Sequence[str] | None = None,  # which query sets; None: all
+    banks: Sequence[str] = ("id",),  # which banks
+    ks: Sequence[int] = KS,
+    main_k: int = 20,  # every k reported; the k whose single answers are kept
+    temperature: float = 0.07,  # T
+) -> pd.DataFrame:  # protocol, k, temperature, set, split, metric, value, n, correct, concept
     "k-NN accuracy of every set under every bank; k is left out where a bank is smaller than it."
     rows = []
     for bank in banks:
         check_choice("bank", bank, suite.banks)
         for name in suite.sets if sets is None else sets:
             queries = suite.sets[check_choice("set", name, suite.sets)]
-            if name not in suite.banks[bank]: continue
+            if name not in suite.banks[bank]:
+                continue
             members = suite.banks[bank][name]
             place = torch.full((len(suite.images),), -1)
             place[members] = torch.arange(len(members))
             own = place[queries] if (place[queries] >= 0).any() else None
             fit = [k for k in ks if k <= len(members) - (own is not None)]
-            if not fit: continue
+            if not fit:
+                continue
             see = suite.view.get(name, torch.arange(len(suite.classes)))
-            for k, answer in knn_predict(features[queries], _rows(features, members), see[suite.labels[members]], len(suite.classes), fit, temperature, own).items():
+            for k, answer in knn_predict(
+                features[queries],
+                _rows(features, members),
+                see[suite.labels[members]],
+                len(suite.classes),
+                fit,
+                temperature,
+                own,
+            ).items():
                 right = (answer == see[suite.labels[queries]]).numpy()
-                keep = dict(correct=right.tolist(), concept=suite.concepts[queries].tolist()) if k == main_k else dict(correct=None, concept=None)
-                rows.append(dict(protocol=bank, k=k, temperature=temperature, set=name, split=suite.shift[name], metric="accuracy", value=100 * right.mean(), n=len(right), **keep))
+                keep = (
+                    dict(correct=right.tolist(), concept=suite.concepts[queries].tolist())
+                    if k == main_k
+                    else dict(correct=None, concept=None)
+                )
+                rows.append(
+                    dict(
+                        protocol=bank,
+                        k=k,
+                        temperature=temperature,
+                        set=name,
+                        split=suite.shift[name],
+                        metric="accuracy",
+                        value=100 * right.mean(),
+                        n=len(right),
+                        **keep,
+                    )
+                )
     return pd.DataFrame(rows)
 
 # %% ../nbs/04_knn_eval.ipynb #4482cc83
 def _rows(features: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     "`features[at]`, without a copy where the rows follow each other."
-    return features[int(at[0]):int(at[-1]) + 1] if len(at) and torch.equal(at, torch.arange(int(at[0]), int(at[0]) + len(at))) else features[at]
+    return (
+        features[int(at[0]) : int(at[-1]) + 1]
+        if len(at) and torch.equal(at, torch.arange(int(at[0]), int(at[0]) + len(at)))
+        else features[at]
+    )
+
 
 def needed(suite: Suite, sets: Sequence[str], banks: Sequence[str] = ("id",)) -> torch.Tensor:
     "Sorted indices of every image that these sets and banks read."
-    parts = [suite.sets[s] for s in sets] + [suite.banks[b][s] for b in banks for s in sets if s in suite.banks[b]]
+    parts = [suite.sets[s] for s in sets] + [
+        suite.banks[b][s] for b in banks for s in sets if s in suite.banks[b]
+    ]
     return torch.cat(parts).unique()
 
 # %% ../nbs/04_knn_eval.ipynb #9c55e7e3
 class ConceptBootstrap:
     "Shared bootstrap draws over concepts; element 0 of every answer is the plain estimate."
-    def __init__(self,
-        concepts: Sequence[str],       # every concept that may occur
-        draws: int = 1000, seed: int = 0
+
+    def __init__(
+        self,
+        concepts: Sequence[str],  # every concept that may occur
+        draws: int = 1000,
+        seed: int = 0,
     ):
         self.order = {c: j for j, c in enumerate(sorted(set(concepts)))}
         rng, n = np.random.default_rng(seed), len(self.order)
-        self.weights = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=draws)]).astype(np.float32)
-    def accuracy(self,
-        correct: Sequence[bool] | np.ndarray, concept: Sequence[str] | np.ndarray # one query each
-    ) -> np.ndarray:                                    # (draws + 1,), percent
+        self.weights = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=draws)]).astype(
+            np.float32
+        )
+
+    def accuracy(
+        self,
+        correct: Sequence[bool] | np.ndarray,
+        concept: Sequence[str] | np.ndarray,  # one query each
+    ) -> np.ndarray:  # (draws + 1,), percent
         "Accuracy of one set under every draw."
         j = np.array([self.order[c] for c in concept])
         total = np.bincount(j, minlength=len(self.order)).astype(np.float32)
         right = np.bincount(j, np.asarray(correct, float), minlength=len(self.order)).astype(np.float32)
         return 100 * (self.weights @ right) / np.maximum(self.weights @ total, 1e-9)
 
+
 def interval(
-    draws: np.ndarray,   # (draws + 1,), the estimate first
-    level: float = 0.95
-) -> tuple[float, float, float]: # estimate, low, high
+    draws: np.ndarray,  # (draws + 1,), the estimate first
+    level: float = 0.95,
+) -> tuple[float, float, float]:  # estimate, low, high
     "The estimate with its percentile interval."
     low, high = np.quantile(draws[1:], [(1 - level) / 2, (1 + level) / 2])
     return float(draws[0]), float(low), float(high)

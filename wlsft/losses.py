@@ -23,38 +23,48 @@ from .study import ParameterError, check_choice, code_digest, digest
 # %% ../nbs/02_losses.ipynb #6f28088f
 @functools.cache
 def load_text_tower(
-    name: str = "minilm"                          # `minilm`, or "MODEL/TAG" of open_clip
-) -> Callable[[Sequence[str]], torch.Tensor]:     # texts -> float32 (N, E), rows of length 1
+    name: str = "minilm",  # `minilm`, or "MODEL/TAG" of open_clip
+) -> Callable[[Sequence[str]], torch.Tensor]:  # texts -> float32 (N, E), rows of length 1
     "A frozen text tower through open_clip's interface. Raises `ParameterError` for an unknown name."
     import open_clip
+
     if name == "minilm":
         folder = minilm_folder()
-        tower = open_clip.hf_model.HFTextEncoder(folder, output_dim=384, pooler_type="mean_pooler", proj_type=None)
+        tower = open_clip.hf_model.HFTextEncoder(
+            folder, output_dim=384, pooler_type="mean_pooler", proj_type=None
+        )
         tokenizer, forward = open_clip.tokenizer.HFTokenizer(folder, context_length=32), tower
     else:
         model_name, _, tag = name.partition("/")
         if (model_name, tag) not in open_clip.list_pretrained():
-            raise ParameterError(f"text_tower = {name!r} is not known; allowed: minilm, or MODEL/TAG of open_clip such as ViT-B-32/openai")
+            raise ParameterError(
+                f"text_tower = {name!r} is not known; allowed: minilm, or MODEL/TAG of open_clip such as ViT-B-32/openai"
+            )
         tower = open_clip.create_model(model_name, pretrained=tag)
         tokenizer, forward = open_clip.get_tokenizer(model_name), tower.encode_text
     tower.eval().requires_grad_(False)
+
     @torch.inference_mode()
     def encode(texts: Sequence[str]) -> torch.Tensor:
-        chunks = [texts[i:i + 256] for i in range(0, len(texts), 256)]
+        chunks = [texts[i : i + 256] for i in range(0, len(texts), 256)]
         return torch.cat([F.normalize(forward(tokenizer(list(c))).float(), dim=-1) for c in chunks])
+
     return encode
 
 # %% ../nbs/02_losses.ipynb #798516a3
 @dataclass(frozen=True)
 class TextTable:
     "Embedded texts of a pair corpus, all groups end to end."
-    vectors: torch.Tensor # float32 (texts, E), rows of length 1
-    start: torch.Tensor   # int64 (groups,): the first row of each group
-    count: torch.Tensor   # int64 (groups,): how many rows
+
+    vectors: torch.Tensor  # float32 (texts, E), rows of length 1
+    start: torch.Tensor  # int64 (groups,): the first row of each group
+    count: torch.Tensor  # int64 (groups,): how many rows
+
     def draw(self, group: torch.Tensor, g: torch.Generator) -> torch.Tensor:
         "One random text of each image's group: `(N,)` group ids to `(N, E)` vectors."
         offset = (torch.rand(len(group), generator=g) * self.count[group]).long()
         return self.vectors[self.start[group] + offset]
+
     def mean(self, group: torch.Tensor) -> torch.Tensor:
         "The mean of the texts of each image's group, `(N, E)`, not normalised."
         which = torch.repeat_interleave(torch.arange(len(self.count)), self.count)
@@ -63,48 +73,61 @@ class TextTable:
 
 # %% ../nbs/02_losses.ipynb #726e9880
 def embed_texts(
-    texts: list[list[str]],       # alternatives of each group
-    tower: str = "minilm",        # see `load_text_tower`
-    cache: str | Path | None = None # folder that remembers; the name is a hash of tower, texts and code
+    texts: list[list[str]],  # alternatives of each group
+    tower: str = "minilm",  # see `load_text_tower`
+    cache: str | Path | None = None,  # folder that remembers; the name is a hash of tower, texts and code
 ) -> TextTable:
     "Embed every text of a corpus once."
     from safetensors.torch import load_file, save_file
+
     empty = [i for i, t in enumerate(texts) if not t]
-    if empty: raise ParameterError(f"groups {empty[:5]} have no text; every image needs at least one")
+    if empty:
+        raise ParameterError(f"groups {empty[:5]} have no text; every image needs at least one")
     count = torch.tensor([len(t) for t in texts])
     flat = [t for group in texts for t in group]
     path = Path(cache) / f"text-{digest([tower, flat, code_digest('losses')])}.safetensors" if cache else None
-    if path and path.is_file(): vectors = load_file(path)["vectors"]
+    if path and path.is_file():
+        vectors = load_file(path)["vectors"]
     else:
         vectors = load_text_tower(tower)(flat).clone()
         if path:
-            with atomic_write(path) as p: save_file({"vectors": vectors}, p)
+            with atomic_write(path) as p:
+                save_file({"vectors": vectors}, p)
     return TextTable(vectors, count.cumsum(0) - count, count)
 
 # %% ../nbs/02_losses.ipynb #85e433a4
 def prompt_templates() -> list[Callable[[str], str]]:
     "The seven simple ImageNet templates of open_clip (OpenAI's selection): functions from class name to text."
     import open_clip
+
     return list(open_clip.SIMPLE_IMAGENET_TEMPLATES)
 
 # %% ../nbs/02_losses.ipynb #665824af
 def contrastive_loss(
-    image: torch.Tensor, text: torch.Tensor, # (N, E) each; rows are normalised here
-    scale: torch.Tensor | float,             # multiplies the cosines; CLIP starts at 1 / 0.07
-    group: torch.Tensor | None = None,       # int (N,): equal numbers share a text; None: plain CLIP, all others are negatives
-    collisions: str = "positives"            # what those who share a text are to each other: `positives` or `ignored`
-) -> torch.Tensor:                           # a scalar
+    image: torch.Tensor,
+    text: torch.Tensor,  # (N, E) each; rows are normalised here
+    scale: torch.Tensor | float,  # multiplies the cosines; CLIP starts at 1 / 0.07
+    group: torch.Tensor
+    | None = None,  # int (N,): equal numbers share a text; None: plain CLIP, all others are negatives
+    collisions: str = "positives",  # what those who share a text are to each other: `positives` or `ignored`
+) -> torch.Tensor:  # a scalar
     "Symmetric contrastive loss (Radford et al. 2021); with `group`, KL to uniform over all positives (UniCL less its constant), or CLIP without the pairs of a group."
-    if image.shape != text.shape or len(image) < 2: raise ParameterError(f"need two (N, E) tensors with N > 1, got {tuple(image.shape)} and {tuple(text.shape)}")
+    if image.shape != text.shape or len(image) < 2:
+        raise ParameterError(
+            f"need two (N, E) tensors with N > 1, got {tuple(image.shape)} and {tuple(text.shape)}"
+        )
     logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     self = torch.eye(len(image), dtype=torch.bool, device=image.device)
     same = self if group is None else group[:, None] == group[None, :]
-    if check_choice("collisions", collisions, ["positives", "ignored"]) == "ignored": logits, same = logits.masked_fill(same & ~self, -torch.inf), self
-    count, own = same.sum(1), torch.where(same, logits, 0)          # symmetric: the same count for rows and columns
+    if check_choice("collisions", collisions, ["positives", "ignored"]) == "ignored":
+        logits, same = logits.masked_fill(same & ~self, -torch.inf), self
+    count, own = same.sum(1), torch.where(same, logits, 0)  # symmetric: the same count for rows and columns
     rows, columns = own.sum(1) / count, own.sum(0) / count
     return ((logits.logsumexp(1) - rows + logits.logsumexp(0) - columns) / 2 - count.log()).mean()
 
+
 COLLISIONS = ("positives", "negatives", "ignored")
+
 
 def collided(group: torch.Tensor, collisions: str) -> tuple[torch.Tensor | None, str]:
     "The last two arguments of `contrastive_loss` for each of `COLLISIONS`."
@@ -112,29 +135,37 @@ def collided(group: torch.Tensor, collisions: str) -> tuple[torch.Tensor | None,
 
 # %% ../nbs/02_losses.ipynb #a0a8f982
 def everyone(
-    x: torch.Tensor # (N, ...), of the same shape in every process
+    x: torch.Tensor,  # (N, ...), of the same shape in every process
 ) -> torch.Tensor:  # (processes * N, ...)
     "Rows of all processes in rank order, differentiable; `x` itself where there is one process."
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return x
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return x
     from torch.distributed import nn as dnn
-    if x.is_floating_point(): return torch.cat(dnn.functional.all_gather(x))
+
+    if x.is_floating_point():
+        return torch.cat(dnn.functional.all_gather(x))
     parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, x)
     return torch.cat(parts)
 
 # %% ../nbs/02_losses.ipynb #dffe6d35
 def answers(
-    encoder: Encoder,                 # a timm model, adapted or not
-    memories: dict[str, torch.Tensor] # site -> (m, D)
+    encoder: Encoder,  # a timm model, adapted or not
+    memories: dict[str, torch.Tensor],  # site -> (m, D)
 ) -> dict[str, torch.Tensor]:
     "What each site answers to its memory: a ViT block reads it as one sequence, a CNN block as m images of one position."
     sites = replay_sites(encoder)
-    return {n: sites[n](m[None]) if is_vit_block(sites[n]) else sites[n](m[:, :, None, None]) for n, m in memories.items()}
+    return {
+        n: sites[n](m[None]) if is_vit_block(sites[n]) else sites[n](m[:, :, None, None])
+        for n, m in memories.items()
+    }
+
 
 def replay_consistency(
-    encoder: Encoder, memories: dict[str, torch.Tensor],   # see `answers`
-    frozen: dict[str, torch.Tensor]                        # `answers` before tuning
-) -> torch.Tensor:                                         # a scalar
+    encoder: Encoder,
+    memories: dict[str, torch.Tensor],  # see `answers`
+    frozen: dict[str, torch.Tensor],  # `answers` before tuning
+) -> torch.Tensor:  # a scalar
     "Mean over sites of the mean squared change of the answers."
     now = answers(encoder, memories)
     return torch.stack([F.mse_loss(now[n], frozen[n]) for n in memories]).mean()

@@ -30,13 +30,36 @@ def class_objective(head: nn.Linear, labels: torch.Tensor) -> Callable:
 
 # %% ../nbs/06_lp_ft.ipynb #acfc0915
 METHODS, CODE = ("FT", "LP-FT"), ("data", "encoders", "adapters", "features", "train", "probe", "lp_ft")
-CLASSIFIER = dict(method="LP-FT", encoder="vit_tiny_emojishift", adapter="full", source="recorded", blocks=[], memory=64, rank=64, epochs=1,
-                  batch_size=128, lr=3e-4, head_lr=1e-3, weight_decay=0.01, batch_norm="frozen", strengths=45, suite="emojishift", bf16=False, seed=0)
+CLASSIFIER = dict(
+    method="LP-FT",
+    encoder="vit_tiny_emojishift",
+    adapter="full",
+    source="recorded",
+    blocks=[],
+    memory=64,
+    rank=64,
+    epochs=1,
+    batch_size=128,
+    lr=3e-4,
+    head_lr=1e-3,
+    weight_decay=0.01,
+    batch_norm="frozen",
+    strengths=45,
+    suite="emojishift",
+    bf16=False,
+    seed=0,
+)
+
 
 def check_classifier(p: dict) -> None:
     "Refuse a wrong value of any parameter of this chapter before work starts."
-    check_choice("method", p["method"], METHODS); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("batch_norm", p["batch_norm"], ["frozen", "running"]); check_suite(p["suite"])
-    check_values(check_parameters(p, CLASSIFIER)); check_range("batch_size", p["batch_size"], 2, 65_536, integer=True)
+    check_choice("method", p["method"], METHODS)
+    check_choice("adapter", p["adapter"], ADAPTERS)
+    check_choice("batch_norm", p["batch_norm"], ["frozen", "running"])
+    check_suite(p["suite"])
+    check_values(check_parameters(p, CLASSIFIER))
+    check_range("batch_size", p["batch_size"], 2, 65_536, integer=True)
+
 
 def classifier_name(params: dict, root: str | Path = "") -> str:
     "Readable front and a hash of parameters, code and data."
@@ -46,15 +69,18 @@ def classifier_name(params: dict, root: str | Path = "") -> str:
 
 # %% ../nbs/06_lp_ft.ipynb #1abe2f98
 def train_classifier(
-    params: dict,                                # some of `CLASSIFIER`
-    runs: str | Path = "", root: str | Path = "", device: str = "" # where runs are kept; the data folder; see `pick_device`
-) -> Path:                                       # the run's folder
+    params: dict,  # some of `CLASSIFIER`
+    runs: str | Path = "",
+    root: str | Path = "",
+    device: str = "",  # where runs are kept; the data folder; see `pick_device`
+) -> Path:  # the run's folder
     "FT or LP-FT on the ID training images of a suite, resuming or skipping as the folder allows."
     p = check_parameters(with_defaults(params, CLASSIFIER), CLASSIFIER)
     check_classifier(p)
     folder = runs_folder(runs) / classifier_name(p, root)
     with claimed(folder / ".lock", folder / "run.json") as missing:
-        if missing: _train(p, folder, root, device)
+        if missing:
+            _train(p, folder, root, device)
     return folder
 
 # %% ../nbs/06_lp_ft.ipynb #6fa9f455
@@ -64,14 +90,43 @@ def _train(p: dict, folder: Path, root: str | Path, device: str) -> None:
     base, (suite, rows, images, views) = weights_digest(encoder), load_training(p["suite"], encoder, root)
     labels = suite.labels[rows]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(p["seed"]); head = nn.Linear(encoder.num_features, len(suite.classes))
+        torch.manual_seed(p["seed"])
+        head = nn.Linear(encoder.num_features, len(suite.classes))
     strength, encoder, head = None, encoder.to(where), head.to(where)
     if p["method"] == "LP-FT":
-        probe = fit_probe(embed(encoder, images).numpy(), labels.numpy(), len(suite.classes), "logistic", np.logspace(-6, 5, p["strengths"]), suite.concepts[rows], p["seed"])
-        head.load_state_dict(dict(weight=probe.weight, bias=probe.bias)); strength = probe.strength
+        probe = fit_probe(
+            embed(encoder, images).numpy(),
+            labels.numpy(),
+            len(suite.classes),
+            "logistic",
+            np.logspace(-6, 5, p["strengths"]),
+            suite.concepts[rows],
+            p["seed"],
+        )
+        head.load_state_dict(dict(weight=probe.weight, bias=probe.bias))
+        strength = probe.strength
     adapt(encoder, p["adapter"], images, p["blocks"], p["source"], p["memory"], p["rank"], seed=p["seed"])
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (encoder, head)]
     encoder.train(p["batch_norm"] == "running")
-    history = finetune(encoder, head, images, class_objective(head, labels), **{k: p[k] for k in LOOP}, state=folder / "state.pt", bf16=p["bf16"], views=views)
-    info = dict(parameters={**p, "corpus": f"{p['suite']}-labels"}, name=folder.name, history=history, encoder_digest=base, images=len(images), probe_strength=strength, **provenance(encoder, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
-    if processes()[0] == 0: save_run(folder, before[0], encoder.state_dict(), info, (before[1], head.state_dict()))
+    history = finetune(
+        encoder,
+        head,
+        images,
+        class_objective(head, labels),
+        **{k: p[k] for k in LOOP},
+        state=folder / "state.pt",
+        bf16=p["bf16"],
+        views=views,
+    )
+    info = dict(
+        parameters={**p, "corpus": f"{p['suite']}-labels"},
+        name=folder.name,
+        history=history,
+        encoder_digest=base,
+        images=len(images),
+        probe_strength=strength,
+        **provenance(encoder, p["encoder"], CODE, root),
+        seconds=round(time.time() - start, 1),
+    )
+    if processes()[0] == 0:
+        save_run(folder, before[0], encoder.state_dict(), info, (before[1], head.state_dict()))

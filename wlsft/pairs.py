@@ -19,8 +19,8 @@ from .data import CORPORA, DataError, PairCorpus, data_folder, emojishift_pairs,
 from .files import ImageFiles, Paths, Source, TarMembers, decode_first, tar_members
 from .study import check_choice, check_range, digest
 
-REAL = dict(imagenet20k=20_000, cc20k=20_000, coco10k=10_000)   # and how many pairs each has by default
-PHOTOS = dict(angle=0.0, scale=(0.35, 1.0))                     # random views of photographs: not turned, and crops stay inside
+REAL = dict(imagenet20k=20_000, cc20k=20_000, coco10k=10_000)  # and how many pairs each has by default
+PHOTOS = dict(angle=0.0, scale=(0.35, 1.0))  # random views of photographs: not turned, and crops stay inside
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 
 # %% ../nbs/00_pairs.ipynb #0d155ec2
@@ -28,9 +28,17 @@ def clean(text: object) -> str:
     "A caption on one line; what is not a text is empty."
     return re.sub(r"\s+", " ", text).strip() if isinstance(text, str) else ""
 
+
 def take(
-    name: str, source: Source, texts: list[list[str]], group: np.ndarray, # candidates: images, alternatives a group, group of each image
-    order: np.ndarray, n: int, size: int, cache: str | Path, lost: Sequence[str] = () # which come first; how many; side; see `decode_first`
+    name: str,
+    source: Source,
+    texts: list[list[str]],
+    group: np.ndarray,  # candidates: images, alternatives a group, group of each image
+    order: np.ndarray,
+    n: int,
+    size: int,
+    cache: str | Path,
+    lost: Sequence[str] = (),  # which come first; how many; side; see `decode_first`
 ) -> PairCorpus:
     "The first `n` candidates with a text and a readable image."
     texts = [[c for c in map(clean, t) if c] for t in texts]
@@ -40,152 +48,290 @@ def take(
     pixels, kept, unreadable = decode_first(files, n, cache)
     used, mine = np.unique(group[order[kept]], return_inverse=True)
     lost = [*lost, *(f"{source.name(int(i))} has no text" for i in silent), *unreadable]
-    return PairCorpus(name, pixels, torch.from_numpy(mine.astype(np.int64)), [texts[g] for g in used], PHOTOS, tuple(lost))
+    return PairCorpus(
+        name, pixels, torch.from_numpy(mine.astype(np.int64)), [texts[g] for g in used], PHOTOS, tuple(lost)
+    )
+
 
 def within(folder: Path, name: str) -> Path:
     "`folder / name`. Raises `DataError` if that leads out of the folder, or can be no file's name."
-    if "\0" in name or any(len(os.fsencode(part)) > 255 for part in Path(name).parts): raise DataError(f"{name[:80]!r} is no file's name")
+    if "\0" in name or any(len(os.fsencode(part)) > 255 for part in Path(name).parts):
+        raise DataError(f"{name[:80]!r} is no file's name")
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()): raise DataError(f"{name!r} leads out of {folder}")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{name!r} leads out of {folder}")
     return path
+
 
 def _there(path: Path, tree: str) -> Path:
     "`path` if it exists. Raises `DataError` saying how the tree should look."
-    if not path.exists(): raise DataError(f"nothing at {path}; expected: {tree}")
+    if not path.exists():
+        raise DataError(f"nothing at {path}; expected: {tree}")
     return path
 
 # %% ../nbs/00_pairs.ipynb #f1bbd4f8
 def imagenet_ids() -> list[str]:
     "The 1,000 WordNet numbers in the order of the labels."
     from timm.data import ImageNetInfo
+
     return ImageNetInfo("imagenet-1k").label_names()
+
 
 def class_files(folder: Path) -> dict[str, list[Path]]:
     "Sorted images of every class folder. Raises `DataError` for a folder without classes or a class without images."
     classes = sorted(p for p in _there(folder, f"{folder}/CLASS/*.jpg").iterdir() if p.is_dir())
     found = {p.name: sorted(f for f in p.rglob("*") if f.suffix.lower() in SUFFIXES) for p in classes}
-    if not found: raise DataError(f"{folder} has no class folders; expected: {folder}/CLASS/*.jpg")
+    if not found:
+        raise DataError(f"{folder} has no class folders; expected: {folder}/CLASS/*.jpg")
     empty = [c for c, f in found.items() if not f]
-    if empty: raise DataError(f"class {empty[0]!r} of {folder} has no image ({len(empty)} such classes)")
+    if empty:
+        raise DataError(f"class {empty[0]!r} of {folder} has no image ({len(empty)} such classes)")
     return found
+
 
 def is_validation(i: int, n: int) -> bool:
     "Is the i-th of a class's n images, by sorted name, held out for ID validation: one in fifty, of fewer the last?"
     return i % 50 == 49 if n >= 50 else i == n - 1
 
 # %% ../nbs/00_pairs.ipynb #0de2c0b9
-def imagenet_pairs(root: Path, n: int, seed: int, size: int, cache: str | Path, templates: Sequence[Callable] | None = None) -> PairCorpus:
+def imagenet_pairs(
+    root: Path, n: int, seed: int, size: int, cache: str | Path, templates: Sequence[Callable] | None = None
+) -> PairCorpus:
     "ImageNet training images with prompts of their class."
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+
     found, ids = class_files(root / "imagenet/train"), imagenet_ids()
     strange = sorted(found.keys() - set(ids))
-    if strange: raise DataError(f"{root / 'imagenet/train'} has folders that are not ImageNet classes: {strange[:3]}")
+    if strange:
+        raise DataError(f"{root / 'imagenet/train'} has folders that are not ImageNet classes: {strange[:3]}")
     rng, rows = np.random.default_rng(seed), []
     for label, wnid in enumerate(w for w in ids if w in found):
         train = [f for i, f in enumerate(found[wnid]) if not is_validation(i, len(found[wnid]))]
         rows += [(turn, label, train[j]) for turn, j in enumerate(rng.permutation(len(train)))]
-    texts = [[f(IMAGENET_CLASSNAMES[ids.index(w)]) for f in templates or OPENAI_IMAGENET_TEMPLATES] for w in ids if w in found]
-    turns, group, paths = (np.array([r[0] for r in rows]), np.array([r[1] for r in rows]), [r[2] for r in rows])
+    texts = [
+        [f(IMAGENET_CLASSNAMES[ids.index(w)]) for f in templates or OPENAI_IMAGENET_TEMPLATES]
+        for w in ids
+        if w in found
+    ]
+    turns, group, paths = (
+        np.array([r[0] for r in rows]),
+        np.array([r[1] for r in rows]),
+        [r[2] for r in rows],
+    )
     shuffle = rng.permutation(len(rows))
-    return take("imagenet20k", Paths(paths), texts, group, shuffle[np.argsort(turns[shuffle], kind="stable")], n, size, cache)
+    return take(
+        "imagenet20k",
+        Paths(paths),
+        texts,
+        group,
+        shuffle[np.argsort(turns[shuffle], kind="stable")],
+        n,
+        size,
+        cache,
+    )
 
 # %% ../nbs/00_pairs.ipynb #ac604b8f
 def tar_pairs(tars: Sequence[Path], want: int) -> tuple[TarMembers, list[str], list[str]]:
     "Images and captions (`.txt`, else `caption` of `.json`) of tars in the given order, until there are `want`; and why tars were left out."
     found, texts, lost = [], [], []
     for tar in tars:
-        try: members = tar_members(tar)
+        try:
+            members = tar_members(tar)
         except DataError as e:
             lost.append(str(e))
             continue
         read, keys = TarMembers(members), dict[str, dict[str, int]]()
-        for i, (_, name, _, _) in enumerate(members): keys.setdefault(str(Path(name).with_suffix("")), {})[Path(name).suffix.lower()] = i
+        for i, (_, name, _, _) in enumerate(members):
+            keys.setdefault(str(Path(name).with_suffix("")), {})[Path(name).suffix.lower()] = i
         for parts in keys.values():
             image = next((parts[s] for s in SUFFIXES if s in parts), None)
-            if image is None: continue
-            text = read.read(parts[".txt"]).decode(errors="replace") if ".txt" in parts else _caption(read.read(parts[".json"])) if ".json" in parts else ""
-            found.append(members[image]); texts.append(text)
-        if len(found) >= want: break
+            if image is None:
+                continue
+            text = (
+                read.read(parts[".txt"]).decode(errors="replace")
+                if ".txt" in parts
+                else _caption(read.read(parts[".json"]))
+                if ".json" in parts
+                else ""
+            )
+            found.append(members[image])
+            texts.append(text)
+        if len(found) >= want:
+            break
     return TarMembers(found), texts, lost
 
+
 def _caption(raw: bytes) -> str:
-    try: return clean(json.loads(raw).get("caption"))
-    except (ValueError, AttributeError, RecursionError): return ""
+    try:
+        return clean(json.loads(raw).get("caption"))
+    except (ValueError, AttributeError, RecursionError):
+        return ""
 
 # %% ../nbs/00_pairs.ipynb #fe369b08
 def table_pairs(path: Path) -> tuple[Paths, list[str], list[str]]:
     "Images and captions of a .tsv or .csv with a header; paths are relative to its folder. Raises `DataError` for other tables."
     tabs = path.suffix == ".tsv"
-    try: t = pd.read_csv(path, sep="\t" if tabs else ",", quoting=3 if tabs else 0, dtype=str, encoding_errors="replace", keep_default_na=False)
-    except Exception as e: raise DataError(f"{path} cannot be read as a table ({e})") from e
-    pick = lambda names: next((c for c in t.columns if c.strip().lower() in names), None)
+    try:
+        t = pd.read_csv(
+            path,
+            sep="\t" if tabs else ",",
+            quoting=3 if tabs else 0,
+            dtype=str,
+            encoding_errors="replace",
+            keep_default_na=False,
+        )
+    except Exception as e:
+        raise DataError(f"{path} cannot be read as a table ({e})") from e
+
+    def pick(names):
+        return next((c for c in t.columns if c.strip().lower() in names), None)
+
     image, text = pick(("filepath", "path", "file", "file_name", "image")), pick(("title", "caption", "text"))
-    if image is None or text is None: raise DataError(f"{path} has columns {list(t.columns)[:6]}; one must be named filepath, path, file, file_name or image, and one title, caption or text")
+    if image is None or text is None:
+        raise DataError(
+            f"{path} has columns {list(t.columns)[:6]}; one must be named filepath, path, file, file_name or image, and one title, caption or text"
+        )
     paths, texts, lost = [], [], []
     for name, caption in zip(t[image], t[text]):
-        try: paths.append(within(path.parent, name)); texts.append(caption)
-        except DataError as e: lost.append(str(e))
+        try:
+            paths.append(within(path.parent, name))
+            texts.append(caption)
+        except DataError as e:
+            lost.append(str(e))
     return Paths(paths), texts, lost
+
 
 def cc_pairs(root: Path, n: int, seed: int, size: int, cache: str | Path) -> PairCorpus:
     "Conceptual Captions: `cc3m/*.tar`, or `cc3m/*.tsv` (or .csv) beside its images."
-    folder, rng = _there(root / "cc3m", f"{root}/cc3m/00000.tar ... as img2dataset writes them, or {root}/cc3m/train.tsv with columns filepath and caption"), np.random.default_rng(seed)
+    folder, rng = (
+        _there(
+            root / "cc3m",
+            f"{root}/cc3m/00000.tar ... as img2dataset writes them, or {root}/cc3m/train.tsv with columns filepath and caption",
+        ),
+        np.random.default_rng(seed),
+    )
     tars, tables = sorted(folder.glob("*.tar")), sorted([*folder.glob("*.tsv"), *folder.glob("*.csv")])
-    if not tars and len(tables) != 1: raise DataError(f"{folder} has no .tar and {len(tables)} tables; expected: tars of img2dataset, or one .tsv or .csv")
-    source, texts, lost = tar_pairs([tars[i] for i in rng.permutation(len(tars))], 2 * n) if tars else table_pairs(tables[0])
-    return take("cc20k", source, [[t] for t in texts], np.arange(len(texts)), rng.permutation(len(texts)), n, size, cache, lost)
+    if not tars and len(tables) != 1:
+        raise DataError(
+            f"{folder} has no .tar and {len(tables)} tables; expected: tars of img2dataset, or one .tsv or .csv"
+        )
+    source, texts, lost = (
+        tar_pairs([tars[i] for i in rng.permutation(len(tars))], 2 * n) if tars else table_pairs(tables[0])
+    )
+    return take(
+        "cc20k",
+        source,
+        [[t] for t in texts],
+        np.arange(len(texts)),
+        rng.permutation(len(texts)),
+        n,
+        size,
+        cache,
+        lost,
+    )
 
 # %% ../nbs/00_pairs.ipynb #6084f82e
 def coco_pairs(root: Path, n: int, seed: int, size: int, cache: str | Path) -> PairCorpus:
     "COCO captions: `coco/annotations/captions_train2017.json` and `coco/train2017/`."
-    path = _there(root / "coco/annotations/captions_train2017.json", f"{root}/coco/annotations/captions_train2017.json and {root}/coco/train2017/*.jpg")
+    path = _there(
+        root / "coco/annotations/captions_train2017.json",
+        f"{root}/coco/annotations/captions_train2017.json and {root}/coco/train2017/*.jpg",
+    )
     try:
         said = json.loads(path.read_text())
         names: dict[int, str] = {i["id"]: i["file_name"] for i in said["images"]}
         texts: dict[int, list[str]] = {i: [] for i in names}
-        for a in said["annotations"]: texts.setdefault(a["image_id"], []).append(a["caption"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e: raise DataError(f"{path} is not COCO's captions ({type(e).__name__}: {e})") from e
+        for a in said["annotations"]:
+            texts.setdefault(a["image_id"], []).append(a["caption"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise DataError(f"{path} is not COCO's captions ({type(e).__name__}: {e})") from e
     keys = sorted(names)
     source = Paths([within(root / "coco/train2017", names[k]) for k in keys])
-    return take("coco10k", source, [texts[k] for k in keys], np.arange(len(keys)), np.random.default_rng(seed).permutation(len(keys)), n, size, cache)
+    return take(
+        "coco10k",
+        source,
+        [texts[k] for k in keys],
+        np.arange(len(keys)),
+        np.random.default_rng(seed).permutation(len(keys)),
+        n,
+        size,
+        cache,
+    )
 
 # %% ../nbs/00_pairs.ipynb #a16fc65a
 def is_own(name: str) -> bool:
     "Is this NAME=PATH, data of one's own?"
     return "=" in name.strip("=")
 
+
 def own_pairs(corpus: str, n: int, seed: int, size: int, cache: str | Path) -> PairCorpus:
     "NAME=FILE, a table as for `table_pairs`; rows with the same image are its alternatives."
     name, _, file = corpus.partition("=")
-    source, texts, lost = table_pairs(_there(Path(file), "a .csv or .tsv with a header such as filepath,caption, beside its images"))
+    source, texts, lost = table_pairs(
+        _there(Path(file), "a .csv or .tsv with a header such as filepath,caption, beside its images")
+    )
     place = {p: i for i, p in enumerate(dict.fromkeys(source.paths))}
     said: list[list[str]] = [[] for _ in place]
-    for p, t in zip(source.paths, texts): said[place[p]].append(t)
-    return take(name, Paths(list(place)), said, np.arange(len(place)), np.random.default_rng(seed).permutation(len(place)), n, size, cache, lost)
+    for p, t in zip(source.paths, texts):
+        said[place[p]].append(t)
+    return take(
+        name,
+        Paths(list(place)),
+        said,
+        np.arange(len(place)),
+        np.random.default_rng(seed).permutation(len(place)),
+        n,
+        size,
+        cache,
+        lost,
+    )
 
 # %% ../nbs/00_pairs.ipynb #de0a5d17
-_READERS = dict(imagenet20k=("imagenet/train", imagenet_pairs), cc20k=("cc3m", cc_pairs), coco10k=("coco/annotations", coco_pairs))
+_READERS = dict(
+    imagenet20k=("imagenet/train", imagenet_pairs),
+    cc20k=("cc3m", cc_pairs),
+    coco10k=("coco/annotations", coco_pairs),
+)
+
 
 def load_pairs(
-    corpus: str, root: str | Path = "",                  # one of `CORPORA` or `REAL`, or NAME=FILE (see `own_pairs`); see `data_folder`
-    side: int = 64, images: int = 0, seed: int = 0,      # the encoder's input; how many pairs, 0: as in `REAL`; of their order
-    cache: str | Path = "", templates: Sequence[Callable] | None = None # where decoded images are kept; of prompts, None: open_clip's 80 for ImageNet
+    corpus: str,
+    root: str | Path = "",  # one of `CORPORA` or `REAL`, or NAME=FILE (see `own_pairs`); see `data_folder`
+    side: int = 64,
+    images: int = 0,
+    seed: int = 0,  # the encoder's input; how many pairs, 0: as in `REAL`; of their order
+    cache: str | Path = "",
+    templates: Sequence[Callable]
+    | None = None,  # where decoded images are kept; of prompts, None: open_clip's 80 for ImageNet
 ) -> PairCorpus:
     "A pair corpus by name; EmojiShift's are whole and have their own size. Raises `DataError` if its files are not there."
     check_corpus(corpus)
-    if corpus in CORPORA: return emojishift_pairs(load_emojishift(root), corpus, list(templates or ()))
+    if corpus in CORPORA:
+        return emojishift_pairs(load_emojishift(root), corpus, list(templates or ()))
     check_range("images", images, 0, 10**9, integer=True)
-    if is_own(corpus): return own_pairs(corpus, images, seed, round(side / 0.875), cache)
+    if is_own(corpus):
+        return own_pairs(corpus, images, seed, round(side / 0.875), cache)
     more = dict(templates=templates) if corpus == "imagenet20k" else {}
-    return _READERS[corpus][1](data_folder(root), images or REAL[corpus], seed, round(side / 0.875), cache, **more)
+    return _READERS[corpus][1](
+        data_folder(root), images or REAL[corpus], seed, round(side / 0.875), cache, **more
+    )
+
 
 def check_corpus(corpus: str) -> None:
     "Refuse a name that is neither a corpus nor NAME=FILE."
-    if not is_own(corpus): check_choice("corpus", corpus, (*CORPORA, *REAL, "or NAME=FILE.csv"))
+    if not is_own(corpus):
+        check_choice("corpus", corpus, (*CORPORA, *REAL, "or NAME=FILE.csv"))
+
 
 def corpus_stamp(corpus: str, root: str | Path = "") -> str:
     "A hash of names and sizes at the top of a corpus's folder, or of one's own table; empty for EmojiShift, which has canaries."
-    if is_own(corpus): return digest(_there(Path(corpus.partition("=")[2]), "a .csv or .tsv of images and captions").read_text(errors="replace"))
-    if corpus not in _READERS: return ""
+    if is_own(corpus):
+        return digest(
+            _there(Path(corpus.partition("=")[2]), "a .csv or .tsv of images and captions").read_text(
+                errors="replace"
+            )
+        )
+    if corpus not in _READERS:
+        return ""
     folder = _there(data_folder(root) / _READERS[corpus][0], f"the files of {corpus} (chapter 00_pairs)")
     return digest([(p.name, p.stat().st_size if p.is_file() else 0) for p in sorted(folder.iterdir())])

@@ -19,12 +19,14 @@ from .study import progress
 from .train import schedule
 
 # %% ../nbs/build/pretrain.ipynb #cf79ba72
-def small_vit() -> Encoder: # 12 blocks, 192 wide, 16-pixel patches, 64-pixel images
+def small_vit() -> Encoder:  # 12 blocks, 192 wide, 16-pixel patches, 64-pixel images
     "The study's ViT with random weights; other image sizes are allowed, for DINO's small crops."
     import timm
+
     model: Any = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0, dynamic_img_size=True)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
     return model
+
 
 def pixels(model: Encoder, x: torch.Tensor) -> torch.Tensor:
     "Normalise float views in [0, 1] of any size for the model, without resizing."
@@ -34,97 +36,183 @@ def pixels(model: Encoder, x: torch.Tensor) -> torch.Tensor:
 # %% ../nbs/build/pretrain.ipynb #6cfe4e96
 @torch.no_grad()
 def principal(
-    teacher: Encoder, images: torch.Tensor,   # an encoder; uint8 (N, 3, H, W)
-    dim: int = 256                            # components kept, at most N
-) -> tuple[torch.Tensor, torch.Tensor]:       # mean (D,) and basis (D, at most dim)
+    teacher: Encoder,
+    images: torch.Tensor,  # an encoder; uint8 (N, 3, H, W)
+    dim: int = 256,  # components kept, at most N
+) -> tuple[torch.Tensor, torch.Tensor]:  # mean (D,) and basis (D, at most dim)
     "Mean and leading principal directions of the teacher's pooled features on whole images."
     f = torch.cat([teacher(pixels(teacher, batch.float() / 255)) for batch in images.split(64)])
     return f.mean(0), torch.linalg.svd(f - f.mean(0), full_matrices=False)[2][:dim].T.contiguous()
 
 # %% ../nbs/build/pretrain.ipynb #177a8951
 def distil_loss(
-    mapped: torch.Tensor, feature: torch.Tensor, # student: its feature mapped to the targets' space (N, P), and raw (N, D)
-    want: torch.Tensor,                          # (N, P): the teacher's, centred and projected
-    temperature: float = 0.1
-) -> torch.Tensor:                               # a scalar
+    mapped: torch.Tensor,
+    feature: torch.Tensor,  # student: its feature mapped to the targets' space (N, P), and raw (N, D)
+    want: torch.Tensor,  # (N, P): the teacher's, centred and projected
+    temperature: float = 0.1,
+) -> torch.Tensor:  # a scalar
     "Mean cosine distance, plus KL between the neighbourhoods in the batch."
-    near = lambda z: (F.normalize(z, dim=1) @ F.normalize(z, dim=1).T / temperature).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -1e4)
+
+    def near(z):
+        return (F.normalize(z, dim=1) @ F.normalize(z, dim=1).T / temperature).masked_fill(
+            torch.eye(len(z), dtype=torch.bool, device=z.device), -1e4
+        )
+
     neighbours = F.kl_div(near(feature).log_softmax(1), near(want).softmax(1), reduction="batchmean")
     return (1 - F.cosine_similarity(mapped, want, dim=-1)).mean() + neighbours
 
 # %% ../nbs/build/pretrain.ipynb #33096a10
 class DINOHead(nn.Module):
     "MLP, bottleneck of unit length, weight-normalised prototypes (Caron et al. 2021)."
+
     def __init__(self, dim: int, prototypes: int = 2048, hidden: int = 512, bottleneck: int = 128):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.normalize(self.mlp(x), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
 
+
 def dino_loss(
-    student: list[torch.Tensor], teacher: list[torch.Tensor], # scores (N, K) of each crop; the teacher's crops come first in the student's list
-    centre: torch.Tensor,                                     # (K,) running mean of the teacher's scores
-    student_t: float = 0.1, teacher_t: float = 0.04
-) -> torch.Tensor:                                            # a scalar
+    student: list[torch.Tensor],
+    teacher: list[
+        torch.Tensor
+    ],  # scores (N, K) of each crop; the teacher's crops come first in the student's list
+    centre: torch.Tensor,  # (K,) running mean of the teacher's scores
+    student_t: float = 0.1,
+    teacher_t: float = 0.04,
+) -> torch.Tensor:  # a scalar
     "Mean cross-entropy of every student crop with every other teacher crop (Caron et al. 2021, eq. 3)."
     want = [((t - centre) / teacher_t).softmax(-1).detach() for t in teacher]
-    terms = [-(w * (s / student_t).log_softmax(-1)).sum(-1).mean() for i, w in enumerate(want) for j, s in enumerate(student) if i != j]
+    terms = [
+        -(w * (s / student_t).log_softmax(-1)).sum(-1).mean()
+        for i, w in enumerate(want)
+        for j, s in enumerate(student)
+        if i != j
+    ]
     return torch.stack(terms).mean()
+
 
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     "Exponential moving average of the student's parameters, in place."
-    for a, b in zip(teacher.parameters(), student.parameters()): a.lerp_(b, 1 - momentum)
+    for a, b in zip(teacher.parameters(), student.parameters()):
+        a.lerp_(b, 1 - momentum)
 
 # %% ../nbs/build/pretrain.ipynb #ad80420c
-def _fit(modules: nn.Module, n: int, step: Callable, epochs: int, batch_size: int, lr: float, seed: int, after_epoch: Callable, name: str) -> None:
+def _fit(
+    modules: nn.Module,
+    n: int,
+    step: Callable,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    after_epoch: Callable,
+    name: str,
+) -> None:
     "AdamW with warm-up and cosine over `step(indices, generator, share done)`; `after_epoch(epoch)` may look at the model."
     params = [p for p in modules.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW([dict(params=[p for p in params if p.ndim > 1], weight_decay=0.05), dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)], lr=lr)
+    opt = torch.optim.AdamW(
+        [
+            dict(params=[p for p in params if p.ndim > 1], weight_decay=0.05),
+            dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0),
+        ],
+        lr=lr,
+    )
     g, per_epoch = torch.Generator().manual_seed(seed), n // batch_size
     for epoch in range(epochs):
-        order = torch.randperm(n, generator=g)[:per_epoch * batch_size].split(batch_size)
+        order = torch.randperm(n, generator=g)[: per_epoch * batch_size].split(batch_size)
         for i, pick in enumerate(progress(order, f"{name} {epoch + 1}/{epochs}")):
             done = epoch * per_epoch + i
-            for group in opt.param_groups: group["lr"] = lr * schedule(done, epochs * per_epoch, 0.05)
+            for group in opt.param_groups:
+                group["lr"] = lr * schedule(done, epochs * per_epoch, 0.05)
             loss = step(pick, g, done / (epochs * per_epoch))
-            opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(params, 3.0); opt.step()
+            opt.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(params, 3.0)
+            opt.step()
         after_epoch(epoch + 1)
 
-def distil(vit: Encoder, images: torch.Tensor, epochs: int, batch_size: int, lr: float = 1e-3, seed: int = 0, after_epoch: Callable = lambda e: None) -> None:
+
+def distil(
+    vit: Encoder,
+    images: torch.Tensor,
+    epochs: int,
+    batch_size: int,
+    lr: float = 1e-3,
+    seed: int = 0,
+    after_epoch: Callable = lambda e: None,
+) -> None:
     "Phase one, in place: teach `vit` the features that EfficientNet-Lite0 has of the same random views of `images`."
     teacher = load_encoder("tf_efficientnet_lite0")
     teacher.requires_grad_(False)
     mean, basis = principal(teacher, images[:: max(1, len(images) // 2048)])
     to_want = nn.Linear(vit.num_features, basis.shape[1])
+
     def step(pick, g, done):
         views = random_views(images[pick], g, scale=(0.5, 1.0))
         with torch.autocast(views.device.type, torch.bfloat16, enabled=views.is_cuda):
-            with torch.no_grad(): want = teacher(pixels(teacher, views)).float()
+            with torch.no_grad():
+                want = teacher(pixels(teacher, views)).float()
             h = vit(pixels(vit, views))
             mapped = to_want(h)
         return distil_loss(mapped.float(), h.float(), (want - mean) @ basis)
-    _fit(nn.ModuleList([vit.train(), to_want]), len(images), step, epochs, batch_size, lr, seed, after_epoch, "distil")
+
+    _fit(
+        nn.ModuleList([vit.train(), to_want]),
+        len(images),
+        step,
+        epochs,
+        batch_size,
+        lr,
+        seed,
+        after_epoch,
+        "distil",
+    )
 
 # %% ../nbs/build/pretrain.ipynb #060ee19f
-def dino(vit: Encoder, images: torch.Tensor, epochs: int, batch_size: int, lr: float = 3e-4, momentum: float = 0.99, seed: int = 0, after_epoch: Callable = lambda e, teacher: None) -> nn.Module:
+def dino(
+    vit: Encoder,
+    images: torch.Tensor,
+    epochs: int,
+    batch_size: int,
+    lr: float = 3e-4,
+    momentum: float = 0.99,
+    seed: int = 0,
+    after_epoch: Callable = lambda e, teacher: None,
+) -> nn.Module:
     "Phase two: DINO from the weights of `vit`; returns the momentum teacher, which is what one keeps."
     head = DINOHead(vit.num_features)
     student = nn.ModuleList([vit.train(), head])
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     centre = torch.zeros(len(head.prototypes))
+
     def step(pick, g, done):
         batch = images[pick]
         follow(teacher, student, 1 - (1 - momentum) * (math.cos(math.pi * done) + 1) / 2)
         large = [pixels(vit, random_views(batch, g, scale=(0.4, 1.0))) for _ in range(2)]
         small = [pixels(vit, random_views(batch, g, size=32, scale=(0.1, 0.4))) for _ in range(4)]
-        score = lambda net, x: net[1](net[0](x)).float()
+
+        def score(net, x):
+            return net[1](net[0](x)).float()
+
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.is_cuda):
-            with torch.no_grad(): want = score(teacher, torch.cat(large)).chunk(2)
+            with torch.no_grad():
+                want = score(teacher, torch.cat(large)).chunk(2)
             have = [*score(student, torch.cat(large)).chunk(2), *score(student, torch.cat(small)).chunk(4)]
         loss = dino_loss(have, want, centre)
         centre.lerp_(torch.cat(want).mean(0), 0.1)
         return loss
-    _fit(student, len(images), step, epochs, batch_size, lr, seed, lambda e: after_epoch(e, teacher[0]), "dino")
+
+    _fit(
+        student, len(images), step, epochs, batch_size, lr, seed, lambda e: after_epoch(e, teacher[0]), "dino"
+    )
     return teacher[0]

@@ -22,65 +22,102 @@ from .study import ParameterError, check_choice, progress
 # %% ../nbs/04_probe.ipynb #f837c899
 def check_labels(features: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     "The classes that occur, sorted. Raises `ParameterError` for what no probe can be fitted to."
-    if len(features) != len(labels): raise ParameterError(f"{len(features)} features and {len(labels)} labels; there must be one label a feature")
+    if len(features) != len(labels):
+        raise ParameterError(
+            f"{len(features)} features and {len(labels)} labels; there must be one label a feature"
+        )
     present = np.unique(labels)
-    if len(present) < 2: raise ParameterError(f"labels hold {len(present)} class; a probe needs at least two")
-    if present[0] < 0 or present[-1] >= classes: raise ParameterError(f"label {present[0] if present[0] < 0 else present[-1]} is not allowed; labels must be from 0 to {classes - 1}")
+    if len(present) < 2:
+        raise ParameterError(f"labels hold {len(present)} class; a probe needs at least two")
+    if present[0] < 0 or present[-1] >= classes:
+        raise ParameterError(
+            f"label {present[0] if present[0] < 0 else present[-1]} is not allowed; labels must be from 0 to {classes - 1}"
+        )
     return present
+
 
 def batches(features: np.ndarray, rows: np.ndarray, size: int = 8192) -> Iterator[tuple[slice, torch.Tensor]]:
     "Slices of `rows` with their features as float32; `features` may be a memory map."
-    for i in range(0, len(rows), size): yield slice(i, i + size), torch.as_tensor(np.asarray(features[rows[i:i + size]], dtype=np.float32))
+    for i in range(0, len(rows), size):
+        yield slice(i, i + size), torch.as_tensor(np.asarray(features[rows[i : i + size]], dtype=np.float32))
+
 
 def moments(features: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean and standard deviation per dimension, float32 `(D,)`, in two passes; deviation 1 where a feature is constant."
     zero = torch.zeros(features.shape[1], dtype=torch.float64)
     mean = sum((x.double().sum(0) for _, x in batches(features, rows)), zero) / len(rows)
     var = sum(((x.double() - mean).square().sum(0) for _, x in batches(features, rows)), zero) / len(rows)
-    if not torch.isfinite(var).all(): raise ParameterError(f"feature {int((~torch.isfinite(var)).nonzero()[0])} is not finite in some row")
+    if not torch.isfinite(var).all():
+        raise ParameterError(f"feature {int((~torch.isfinite(var)).nonzero()[0])} is not finite in some row")
     std = var.sqrt()
     return mean.float(), torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0).float()
 
 # %% ../nbs/04_probe.ipynb #32250596
 def logistic(
-    features: np.ndarray, labels: np.ndarray, rows: np.ndarray, # (N, D); int (N,); which rows are fitted
-    strength: float, start: np.ndarray | None = None,           # C, as in scikit-learn; parameters to start from
-    scale: tuple[torch.Tensor, torch.Tensor] | None = None,     # mean and deviation (D,); None: those of `rows`
-    iterations: int = 3000, tolerance: float = 1e-5             # at most; largest entry of the gradient of the mean loss
-) -> tuple[np.ndarray, float, bool]: # parameters (K, D + 1), bias last, for the K classes present, on standardised features; mean loss; converged?
+    features: np.ndarray,
+    labels: np.ndarray,
+    rows: np.ndarray,  # (N, D); int (N,); which rows are fitted
+    strength: float,
+    start: np.ndarray | None = None,  # C, as in scikit-learn; parameters to start from
+    scale: tuple[torch.Tensor, torch.Tensor] | None = None,  # mean and deviation (D,); None: those of `rows`
+    iterations: int = 3000,
+    tolerance: float = 1e-5,  # at most; largest entry of the gradient of the mean loss
+) -> tuple[
+    np.ndarray, float, bool
+]:  # parameters (K, D + 1), bias last, for the K classes present, on standardised features; mean loss; converged?
     "Multinomial logistic regression with an L2 penalty, by L-BFGS."
     mean, std = scale or moments(features, rows)
     present, place = np.unique(labels[rows], return_inverse=True)
     y, shape, n = torch.as_tensor(place), (len(present), features.shape[1] + 1), len(rows)
+
     def objective(flat):
         theta = torch.as_tensor(flat.reshape(shape)).float()
         loss, grad = 0.0, torch.zeros(shape, dtype=torch.float64)
         for at, x in batches(features, rows):
             z = (x - mean) / std
-            logits = F.linear(z, theta[:, :-1], theta[:, -1]).double()                # single precision for the large product only
+            logits = F.linear(
+                z, theta[:, :-1], theta[:, -1]
+            ).double()  # single precision for the large product only
             loss += float(F.cross_entropy(logits, y[at], reduction="sum"))
-            p = logits.softmax(1); p[torch.arange(len(p)), y[at]] -= 1
-            grad[:, :-1] += p.float().T @ z; grad[:, -1] += p.sum(0)
+            p = logits.softmax(1)
+            p[torch.arange(len(p)), y[at]] -= 1
+            grad[:, :-1] += p.float().T @ z
+            grad[:, -1] += p.sum(0)
         w = torch.as_tensor(flat.reshape(shape))[:, :-1]
         grad[:, :-1] += w / strength
         return (loss + float(w.square().sum()) / (2 * strength)) / n, (grad / n).numpy().ravel()
+
     start = np.zeros(shape) if start is None else start
-    out = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options=dict(maxiter=iterations, maxfun=2 * iterations, gtol=tolerance, ftol=1e-12))
+    out = minimize(
+        objective,
+        start.ravel(),
+        jac=True,
+        method="L-BFGS-B",
+        options=dict(maxiter=iterations, maxfun=2 * iterations, gtol=tolerance, ftol=1e-12),
+    )
     return out.x.reshape(shape), float(out.fun), bool(abs(out.jac).max() < 10 * tolerance)
 
 # %% ../nbs/04_probe.ipynb #22728e35
 def ridge_path(
-    features: np.ndarray, labels: np.ndarray, rows: np.ndarray, # (N, D); int (N,); which rows are fitted
-    strengths: Sequence[float],                                 # penalties lambda, as in scikit-learn's RidgeClassifier
-    scale: tuple[torch.Tensor, torch.Tensor] | None = None      # mean and deviation (D,); None: those of `rows`
-) -> Iterator[np.ndarray]: # for each strength (K, D + 1), bias last, on standardised features
+    features: np.ndarray,
+    labels: np.ndarray,
+    rows: np.ndarray,  # (N, D); int (N,); which rows are fitted
+    strengths: Sequence[float],  # penalties lambda, as in scikit-learn's RidgeClassifier
+    scale: tuple[torch.Tensor, torch.Tensor] | None = None,  # mean and deviation (D,); None: those of `rows`
+) -> Iterator[np.ndarray]:  # for each strength (K, D + 1), bias last, on standardised features
     "One-against-rest ridge classifiers from one eigendecomposition, in double precision."
     mean, std = (t.double() for t in scale or moments(features, rows))
     present, y = np.unique(labels[rows], return_inverse=True)
-    target = lambda at: 2.0 * F.one_hot(torch.as_tensor(y[at]), len(present)).double() - 1
+
+    def target(at):
+        return 2.0 * F.one_hot(torch.as_tensor(y[at]), len(present)).double() - 1
+
     offset = sum(((x.double() - mean) / std).sum(0) for _, x in batches(features, rows)) / len(rows)
     middle = 2 * torch.bincount(torch.as_tensor(y), minlength=len(present)).double() / len(rows) - 1
-    gram, cross = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    gram, cross = (
+        torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64),
+        torch.zeros((), dtype=torch.float64),
+    )
     for at, x in batches(features, rows):
         z = (x.double() - mean) / std - offset
         gram, cross = gram + z.T @ z, cross + (target(at) - middle).T @ z
@@ -90,82 +127,153 @@ def ridge_path(
         yield torch.cat([w, (middle - w @ offset)[:, None]], 1).numpy()
 
 # %% ../nbs/04_probe.ipynb #c698b82b
-def hold_out(labels: np.ndarray, groups: np.ndarray | None = None, share: float = 0.1, seed: int = 0) -> np.ndarray:
+def hold_out(
+    labels: np.ndarray, groups: np.ndarray | None = None, share: float = 0.1, seed: int = 0
+) -> np.ndarray:
     "Boolean `(N,)`: about `share` of the groups of every class that has at least two; never all of a class."
     groups = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
     rng, out = np.random.default_rng(seed), np.zeros(len(labels), bool)
     for c in np.unique(labels):
         of = rng.permutation(np.unique(groups[labels == c]))
-        out |= np.isin(groups, of[:max(1, round(share * len(of)))]) if len(of) > 1 else False
+        out |= np.isin(groups, of[: max(1, round(share * len(of)))]) if len(of) > 1 else False
     return out
+
 
 @dataclass(frozen=True)
 class Probe:
     "A fitted head on raw features; absent classes have weight 0 and bias -1e4."
-    weight: torch.Tensor     # float32 (C, D)
-    bias: torch.Tensor       # float32 (C,)
-    table: pd.DataFrame      # strength, accuracy on the held-out rows, loss, converged
-    strength: float          # the chosen one
-    converged: bool          # did the fit at that strength, on all rows?
+
+    weight: torch.Tensor  # float32 (C, D)
+    bias: torch.Tensor  # float32 (C,)
+    table: pd.DataFrame  # strength, accuracy on the held-out rows, loss, converged
+    strength: float  # the chosen one
+    converged: bool  # did the fit at that strength, on all rows?
+
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         "Scores `(N, C)` of features `(N, D)`."
         return F.linear(features, self.weight, self.bias)
 
-def fold(theta: np.ndarray, present: np.ndarray, classes: int, scale: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+
+def fold(
+    theta: np.ndarray, present: np.ndarray, classes: int, scale: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Weights on standardised features of the present classes as weight `(C, D)` and bias `(C,)` on raw ones."
     mean, std = (t.double() for t in scale)
-    w = torch.zeros(classes, len(mean), dtype=torch.float64); b = torch.full((classes,), -1e4, dtype=torch.float64)
+    w = torch.zeros(classes, len(mean), dtype=torch.float64)
+    b = torch.full((classes,), -1e4, dtype=torch.float64)
     w[present] = torch.as_tensor(theta[:, :-1]) / std
     b[present] = torch.as_tensor(theta[:, -1]) - w[present] @ mean
     return w.float(), b.float()
 
 # %% ../nbs/04_probe.ipynb #255679be
 def fit_probe(
-    features: np.ndarray, labels: np.ndarray, classes: int, # (N, D), may be a memory map; int (N,); number of classes C
-    kind: str = "logistic",                                 # or `ridge`
-    strengths: Sequence[float] | np.ndarray = tuple(np.logspace(-6, 5, 45)), # C of `logistic`, 1 / lambda of `ridge`
-    groups: np.ndarray | None = None, seed: int = 0         # rows held out together; seed of the held-out tenth
+    features: np.ndarray,
+    labels: np.ndarray,
+    classes: int,  # (N, D), may be a memory map; int (N,); number of classes C
+    kind: str = "logistic",  # or `ridge`
+    strengths: Sequence[float] | np.ndarray = tuple(
+        np.logspace(-6, 5, 45)
+    ),  # C of `logistic`, 1 / lambda of `ridge`
+    groups: np.ndarray | None = None,
+    seed: int = 0,  # rows held out together; seed of the held-out tenth
 ) -> Probe:
     "A linear probe with its strength chosen on a held-out tenth of the rows. Raises `ParameterError` for what cannot be fitted."
     check_choice("kind", kind, ["logistic", "ridge"])
     check_labels(features, labels, classes)
     held, strengths = hold_out(labels, groups, seed=seed), sorted(strengths)
-    if not held.any(): raise ParameterError("no class has two groups of rows, so none can be held out to choose the strength")
-    fit, test, every, rows, theta = np.flatnonzero(~held), np.flatnonzero(held), np.arange(len(labels)), [], None
+    if not held.any():
+        raise ParameterError(
+            "no class has two groups of rows, so none can be held out to choose the strength"
+        )
+    fit, test, every, rows, theta = (
+        np.flatnonzero(~held),
+        np.flatnonzero(held),
+        np.arange(len(labels)),
+        [],
+        None,
+    )
     scale, present = moments(features, fit), np.unique(labels[fit])
-    path = ridge_path(features, labels, fit, [1 / s for s in strengths], scale) if kind == "ridge" else iter(())
+    path = (
+        ridge_path(features, labels, fit, [1 / s for s in strengths], scale) if kind == "ridge" else iter(())
+    )
     for s in progress(strengths, "probe"):
-        theta, loss, done = logistic(features, labels, fit, s, theta, scale) if kind == "logistic" else (next(path), math.nan, True)
+        theta, loss, done = (
+            logistic(features, labels, fit, s, theta, scale)
+            if kind == "logistic"
+            else (next(path), math.nan, True)
+        )
         w, b = fold(theta, present, classes, scale)
-        right = sum(int((F.linear(x, w, b).argmax(1).numpy() == labels[test[at]]).sum()) for at, x in batches(features, test))
+        right = sum(
+            int((F.linear(x, w, b).argmax(1).numpy() == labels[test[at]]).sum())
+            for at, x in batches(features, test)
+        )
         rows.append(dict(strength=s, held_out=100 * right / len(test), loss=loss, converged=done))
     table = pd.DataFrame(rows)
-    best, scale = float(table.strength[table.held_out.argmax()]), moments(features, every)      # ties: the stronger penalty
-    theta, _, done = logistic(features, labels, every, best, None, scale) if kind == "logistic" else (next(ridge_path(features, labels, every, [1 / best], scale)), 0, True)
+    best, scale = (
+        float(table.strength[table.held_out.argmax()]),
+        moments(features, every),
+    )  # ties: the stronger penalty
+    theta, _, done = (
+        logistic(features, labels, every, best, None, scale)
+        if kind == "logistic"
+        else (next(ridge_path(features, labels, every, [1 / best], scale)), 0, True)
+    )
     return Probe(*fold(theta, np.unique(labels), classes, scale), table, best, done)
 
 # %% ../nbs/04_probe.ipynb #c20c84d5
 def head_rows(
-    features: torch.Tensor, suite: Suite, sets: Sequence[str], # (N, D) aligned with `suite.images`; which query sets
-    head: dict[str, torch.Tensor]                              # `weight` (C, D) and `bias` (C,)
-) -> pd.DataFrame:                                             # the columns of `knn_rows`, with protocol `head` and k = 0
+    features: torch.Tensor,
+    suite: Suite,
+    sets: Sequence[str],  # (N, D) aligned with `suite.images`; which query sets
+    head: dict[str, torch.Tensor],  # `weight` (C, D) and `bias` (C,)
+) -> pd.DataFrame:  # the columns of `knn_rows`, with protocol `head` and k = 0
     "Accuracy of a linear head on every set."
     rows = []
     for name in sets:
         queries = suite.sets[check_choice("set", name, suite.sets)]
         scores, see = F.linear(features[queries], head["weight"], head["bias"]), suite.view.get(name)
-        if see is not None:                                                # classes the set has not are no answers; merged ones count as one
-            scores = torch.full_like(scores, -torch.inf).scatter_reduce_(1, see[see >= 0].expand(len(scores), -1), scores[:, see >= 0], "amax")
-        right = (scores.argmax(1) == (suite.labels[queries] if see is None else see[suite.labels[queries]])).numpy()
-        rows.append(dict(protocol="head", k=0, temperature=0.0, set=name, split=suite.shift[name], metric="accuracy", value=100 * right.mean(), n=len(right),
-                         correct=right.tolist(), concept=suite.concepts[queries].tolist()))
+        if see is not None:  # classes the set has not are no answers; merged ones count as one
+            scores = torch.full_like(scores, -torch.inf).scatter_reduce_(
+                1, see[see >= 0].expand(len(scores), -1), scores[:, see >= 0], "amax"
+            )
+        right = (
+            scores.argmax(1) == (suite.labels[queries] if see is None else see[suite.labels[queries]])
+        ).numpy()
+        rows.append(
+            dict(
+                protocol="head",
+                k=0,
+                temperature=0.0,
+                set=name,
+                split=suite.shift[name],
+                metric="accuracy",
+                value=100 * right.mean(),
+                n=len(right),
+                correct=right.tolist(),
+                concept=suite.concepts[queries].tolist(),
+            )
+        )
     return pd.DataFrame(rows)
 
+
 def probe_rows(
-    features: torch.Tensor, suite: Suite, sets: Sequence[str], # as for `head_rows`; the rows of the `id` bank are fitted
-    strengths: Sequence[float] | np.ndarray = tuple(np.logspace(-6, 5, 12)), seed: int = 0 # 1 / lambda; of the held-out tenth
-) -> pd.DataFrame:                                             # as `head_rows`, with protocol `probe`
+    features: torch.Tensor,
+    suite: Suite,
+    sets: Sequence[str],  # as for `head_rows`; the rows of the `id` bank are fitted
+    strengths: Sequence[float] | np.ndarray = tuple(np.logspace(-6, 5, 12)),
+    seed: int = 0,  # 1 / lambda; of the held-out tenth
+) -> pd.DataFrame:  # as `head_rows`, with protocol `probe`
     "Accuracy of a ridge probe fitted to these very features: what a ridge head, fitted anew, does with them, whatever head came with them."
     rows = suite.banks["id"]["id-test"]
-    probe = fit_probe(features[rows].numpy(), suite.labels[rows].numpy(), len(suite.classes), "ridge", strengths, suite.concepts[rows], seed)
-    return head_rows(features, suite, sets, dict(weight=probe.weight, bias=probe.bias)).assign(protocol="probe")
+    probe = fit_probe(
+        features[rows].numpy(),
+        suite.labels[rows].numpy(),
+        len(suite.classes),
+        "ridge",
+        strengths,
+        suite.concepts[rows],
+        seed,
+    )
+    return head_rows(features, suite, sets, dict(weight=probe.weight, bias=probe.bias)).assign(
+        protocol="probe"
+    )

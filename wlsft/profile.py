@@ -28,34 +28,51 @@ from .train import ridge
 @dataclass(frozen=True)
 class Walk:
     "What a run's features are near to, along alpha. `K` neighbours of each query, the nearest first."
-    alphas: list[float]                # A values
+
+    alphas: list[float]  # A values
     suite: Suite
-    along: Along                       # features of the images `rows`, (N, D) for each alpha
-    rows: torch.Tensor                 # int64 (N,), sorted: which images of the suite
-    cosines: dict[str, torch.Tensor]   # set -> float32 (A, Q, K)
-    found: dict[str, torch.Tensor]     # set -> int64 (A, Q, K), rows of the suite
+    along: Along  # features of the images `rows`, (N, D) for each alpha
+    rows: torch.Tensor  # int64 (N,), sorted: which images of the suite
+    cosines: dict[str, torch.Tensor]  # set -> float32 (A, Q, K)
+    found: dict[str, torch.Tensor]  # set -> int64 (A, Q, K), rows of the suite
+
     def features(self, i: int, rows: torch.Tensor) -> torch.Tensor:
         "Features `(n, D)` of some of the suite's images at the i-th alpha."
         return self.along[i][torch.searchsorted(self.rows, rows)]
+
     def labels(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         "What the suite's images `rows` are to a set (`Suite.view`); any shape."
         return self.suite.view.get(name, torch.arange(len(self.suite.classes)))[self.suite.labels[rows]]
-    def votes(self, i: int, name: str, ks: Sequence[int], temperature: float) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+
+    def votes(
+        self, i: int, name: str, ks: Sequence[int], temperature: float
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
         "Shares of the vote `(Q, C)` for each k of a set's queries at the i-th alpha, and the queries' labels `(Q,)`."
-        found = knn_votes(self.cosines[name][i], self.labels(name, self.found[name][i]), len(self.suite.classes), ks, temperature)
+        found = knn_votes(
+            self.cosines[name][i],
+            self.labels(name, self.found[name][i]),
+            len(self.suite.classes),
+            ks,
+            temperature,
+        )
         return found, self.labels(name, self.suite.sets[name])
+
     def shares(self, i: int, name: str, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         "`votes` for one k."
         found, labels = self.votes(i, name, [k], temperature)
         return found[k], labels
+
     def named(self, split: str) -> list[str]:
         "The reported sets of a split, `ID` or `OOD`."
         return [s for s in self.cosines if self.suite.shift[s] == split and s != "id-val"]
 
 # %% ../nbs/09_profile.ipynb #701e9430
 def walk(
-    run: Run, suite: Suite, alphas: Sequence[float], # from `load_run`; from `load_suite`; in [0, 1]
-    k: int = 200, device: str = ""                   # neighbours kept; see `pick_device`
+    run: Run,
+    suite: Suite,
+    alphas: Sequence[float],  # from `load_run`; from `load_suite`; in [0, 1]
+    k: int = 200,
+    device: str = "",  # neighbours kept; see `pick_device`
 ) -> Walk:
     "Neighbours in the ID bank of every held-out query at every alpha. The run's encoder is left at `theta_0`."
     sets = [s for s in suite.sets if suite.shift[s] != "SEEN"]
@@ -65,13 +82,26 @@ def walk(
     found: dict[str, list] = {s: [] for s in sets}
     for i, _ in enumerate(progress(alphas, "neighbours")):
         at = along[i]
-        take = lambda r: at[torch.searchsorted(rows, r)]
+
+        def take(r):
+            return at[torch.searchsorted(rows, r)]
+
         for s in sets:
             bank = suite.banks["id"][s]
-            own = torch.full((len(suite.images),), -1).index_put_((bank,), torch.arange(len(bank)))[suite.sets[s]]
-            cosines, near = nearest(take(suite.sets[s]), take(bank), min(k, len(bank) - 1), own if (own >= 0).any() else None)
+            own = torch.full((len(suite.images),), -1).index_put_((bank,), torch.arange(len(bank)))[
+                suite.sets[s]
+            ]
+            cosines, near = nearest(
+                take(suite.sets[s]), take(bank), min(k, len(bank) - 1), own if (own >= 0).any() else None
+            )
             found[s].append((cosines, bank[near]))
-    return Walk(list(alphas), suite, along, rows, *({s: torch.stack([f[j] for f in v]) for s, v in found.items()} for j in (0, 1)))
+    return Walk(
+        list(alphas),
+        suite,
+        along,
+        rows,
+        *({s: torch.stack([f[j] for f in v]) for s, v in found.items()} for j in (0, 1)),
+    )
 
 # %% ../nbs/09_profile.ipynb #cdc9ede3
 def calibration_error(share: torch.Tensor, label: torch.Tensor, bins: int = 15) -> float:
@@ -81,14 +111,17 @@ def calibration_error(share: torch.Tensor, label: torch.Tensor, bins: int = 15) 
     gap = torch.zeros(bins, dtype=torch.double).index_add_(0, where, right - sure.double())
     return 100 * gap.abs().sum().item() / len(label)
 
+
 def brier(share: torch.Tensor, label: torch.Tensor) -> float:
     "Brier score of `(N, C)` shares against `(N,)` labels: 0 is best, 2 worst."
     return (share.square().sum(1) - 2 * share.gather(1, label[:, None])[:, 0] + 1).mean().item()
+
 
 def sharpen(share: torch.Tensor, tau: float) -> torch.Tensor:
     "Shares to the power 1 / tau, normalised."
     p = (share / share.max(1, keepdim=True).values) ** (1 / tau)
     return p / p.sum(1, keepdim=True)
+
 
 def fit_tau(share: torch.Tensor, label: torch.Tensor) -> float:
     "The tau in [0.1, 10] with the lowest Brier score, on a grid of 81 in equal ratios."
@@ -97,33 +130,49 @@ def fit_tau(share: torch.Tensor, label: torch.Tensor) -> float:
 
 # %% ../nbs/09_profile.ipynb #dfeace41
 def retrieval(
-    bank: torch.Tensor, words: torch.Tensor,    # (B, D) features of train images; (B, E) their embedded words
-    query: torch.Tensor, names: torch.Tensor,   # (Q, D) features; (M, E) embedded names
-    which: torch.Tensor                         # int64 (Q,): the name of each query
-) -> tuple[float, float]:                       # recall at 1 in percent, image to name and name to image
+    bank: torch.Tensor,
+    words: torch.Tensor,  # (B, D) features of train images; (B, E) their embedded words
+    query: torch.Tensor,
+    names: torch.Tensor,  # (Q, D) features; (M, E) embedded names
+    which: torch.Tensor,  # int64 (Q,): the name of each query
+) -> tuple[float, float]:  # recall at 1 in percent, image to name and name to image
     "Retrieval across a ridge map from features to words. Names that no query shows are asked for nothing."
     weight, bias = ridge(bank, words)
-    sim = torch.nn.functional.normalize(query @ weight.T + bias, dim=1) @ torch.nn.functional.normalize(names, dim=1).T
+    sim = (
+        torch.nn.functional.normalize(query @ weight.T + bias, dim=1)
+        @ torch.nn.functional.normalize(names, dim=1).T
+    )
     shown = which.unique()
     back = which[sim.argmax(0)[shown]] == shown
     return 100 * (sim.argmax(1) == which).float().mean().item(), 100 * back.float().mean().item()
 
 # %% ../nbs/09_profile.ipynb #7894e07d
 def profile(
-    w: Walk, k: int = 20, temperature: float = 0.07, # see `walk`; the vote's
-    draws: int = 1000, seed: int = 0                 # of the bootstrap over concepts
-) -> pd.DataFrame:                                   # alpha, metric, set, value, low, high, tau
+    w: Walk,
+    k: int = 20,
+    temperature: float = 0.07,  # see `walk`; the vote's
+    draws: int = 1000,
+    seed: int = 0,  # of the bootstrap over concepts
+) -> pd.DataFrame:  # alpha, metric, set, value, low, high, tau
     "Change of accuracy with 95% intervals, ECE and Brier along alpha. The vote's tau is fitted on ID validation at each alpha."
     check_range("k", k, 1, min(c.shape[2] for c in w.cosines.values()), integer=True)
     groups, concepts = {s: w.named(s) for s in LOOK}, w.suite.concepts
-    boot = ConceptBootstrap([str(c) for s in sum(groups.values(), []) for c in concepts[w.suite.sets[s]]], draws, seed)
+    boot = ConceptBootstrap(
+        [str(c) for s in sum(groups.values(), []) for c in concepts[w.suite.sets[s]]], draws, seed
+    )
     out, first, worst = [], dict[str, np.ndarray](), ""
     for i, alpha in enumerate(w.alphas):
         votes = {s: w.shares(i, s, k, temperature) for s in w.cosines}
         tau = fit_tau(*votes["id-val"]) if "id-val" in votes else float("nan")
-        right = {s: boot.accuracy((votes[s][0].argmax(1) == votes[s][1]).numpy(), concepts[w.suite.sets[s]]) for s in sum(groups.values(), [])}
+        right = {
+            s: boot.accuracy((votes[s][0].argmax(1) == votes[s][1]).numpy(), concepts[w.suite.sets[s]])
+            for s in sum(groups.values(), [])
+        }
         worst = worst or min(groups["OOD"], key=lambda s: right[s][0])
-        level = {**{g: np.mean([right[s] for s in names], 0) for g, names in groups.items()}, f"worst: {worst}": right[worst]}
+        level = {
+            **{g: np.mean([right[s] for s in names], 0) for g, names in groups.items()},
+            f"worst: {worst}": right[worst],
+        }
         first = first or level
         for g, d in level.items():
             out.append((alpha, "accuracy", g, *interval(d), tau))
@@ -131,39 +180,71 @@ def profile(
         for g, names in groups.items():
             for metric, f in (("ECE", calibration_error), ("Brier", brier)):
                 for kind, p in (("", lambda x: x), (", sharpened", lambda x: sharpen(x, tau))):
-                    out.append((alpha, metric + kind, g, float(np.mean([f(p(votes[s][0]), votes[s][1]) for s in names])), np.nan, np.nan, tau))
+                    out.append(
+                        (
+                            alpha,
+                            metric + kind,
+                            g,
+                            float(np.mean([f(p(votes[s][0]), votes[s][1]) for s in names])),
+                            np.nan,
+                            np.nan,
+                            tau,
+                        )
+                    )
     return pd.DataFrame(out, columns=["alpha", "metric", "set", "value", "low", "high", "tau"])
 
 # %% ../nbs/09_profile.ipynb #46c20b92
 def figure_profile(t: pd.DataFrame) -> plt.Figure:
     "Change of accuracy, calibration and retrieval over one axis of alpha; what was not measured is left out."
-    rows = [("change", "change in k-NN accuracy\n(points)", ["change"]), ("ECE", "calibration error (%)", ["ECE", "ECE, sharpened"]),
-            ("R@1", "recall at 1 (%)", ["R@1, image to name", "R@1, name to image"])]
+    rows = [
+        ("change", "change in k-NN accuracy\n(points)", ["change"]),
+        ("ECE", "calibration error (%)", ["ECE", "ECE, sharpened"]),
+        ("R@1", "recall at 1 (%)", ["R@1, image to name", "R@1, name to image"]),
+    ]
     rows = [r for r in rows if t.metric.isin(r[2]).any()]
-    fig, axes = plt.subplots(len(rows), 1, figsize=(4.6, 1.9 * len(rows) + 0.4), sharex=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        len(rows), 1, figsize=(4.6, 1.9 * len(rows) + 0.4), sharex=True, squeeze=False, layout="constrained"
+    )
     for ax, (_, label, metrics) in zip(axes[:, 0], rows):
         for j, metric in enumerate(metrics):
             for s, g in t[t.metric == metric].groupby("set", sort=False):
                 colour, mark, line = LOOK.get(s, WORST["worst"])
-                ax.plot(g.alpha, g.value, color=colour, ls=line, marker=mark, ms=3.5, mfc="white" if j else colour, label=f"{s}, {metric.split(', ')[1]}" if ", " in metric else s)
+                ax.plot(
+                    g.alpha,
+                    g.value,
+                    color=colour,
+                    ls=line,
+                    marker=mark,
+                    ms=3.5,
+                    mfc="white" if j else colour,
+                    label=f"{s}, {metric.split(', ')[1]}" if ", " in metric else s,
+                )
                 ax.fill_between(g.alpha, g.low, g.high, color=colour, alpha=0.13, lw=0)
-        if metrics == ["change"]: ax.axhline(0, color="0.6", lw=0.8, zorder=0)
-        ax.set_ylabel(label); ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
+        if metrics == ["change"]:
+            ax.axhline(0, color="0.6", lw=0.8, zorder=0)
+        ax.set_ylabel(label)
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     axes[-1, 0].set_xlabel(r"$\alpha$")
     return fig
 
 # %% ../nbs/09_profile.ipynb #02c1f925
-def sweep_kt(w: Walk, ks: Sequence[int] = KS, temperatures: Sequence[float] = (0.02, 0.07, 0.2, 1.0)) -> pd.DataFrame:
+def sweep_kt(
+    w: Walk, ks: Sequence[int] = KS, temperatures: Sequence[float] = (0.02, 0.07, 0.2, 1.0)
+) -> pd.DataFrame:
     "Accuracy of ID and of the OOD mean for every alpha, k and T: columns alpha, k, temperature, set, value (percent); `VAL` is ID validation."
     ks = [k for k in ks if k <= min(c.shape[2] for c in w.cosines.values())]
-    groups, out = {**{s: w.named(s) for s in LOOK}, **({"VAL": ["id-val"]} if "id-val" in w.cosines else {})}, []
+    groups, out = (
+        {**{s: w.named(s) for s in LOOK}, **({"VAL": ["id-val"]} if "id-val" in w.cosines else {})},
+        [],
+    )
     for i, alpha in enumerate(w.alphas):
         for g, names in groups.items():
             for t in temperatures:
                 right: dict[int, list] = {k: [] for k in ks}
                 for s in names:
                     votes, truth = w.votes(i, s, ks, t)
-                    for k, v in votes.items(): right[k].append((v.argmax(1) == truth).float().mean().item())
+                    for k, v in votes.items():
+                        right[k].append((v.argmax(1) == truth).float().mean().item())
                 out += [(alpha, k, t, g, 100 * np.mean(r)) for k, r in right.items()]
     return pd.DataFrame(out, columns=["alpha", "k", "temperature", "set", "value"])
 
@@ -171,18 +252,38 @@ def sweep_kt(w: Walk, ks: Sequence[int] = KS, temperatures: Sequence[float] = (0
 def figure_kt(t: pd.DataFrame) -> plt.Figure:
     "Change from alpha 0 to 1 for every k (columns) and T (rows), ID beside OOD; beneath it the alpha chosen on ID validation."
     fig, axes = plt.subplots(1, 2, figsize=(7.6, 2.3), sharey=True, layout="constrained")
-    at = lambda s, a: t[(t["set"] == s) & (t.alpha == a)].pivot(index="temperature", columns="k", values="value")
+
+    def at(s, a):
+        return t[(t["set"] == s) & (t.alpha == a)].pivot(index="temperature", columns="k", values="value")
+
     val = t[t["set"] == "VAL"].sort_values("alpha")
-    best = val.loc[val.groupby(["temperature", "k"]).value.idxmax()].pivot(index="temperature", columns="k", values="alpha") if len(val) else None
+    best = (
+        val.loc[val.groupby(["temperature", "k"]).value.idxmax()].pivot(
+            index="temperature", columns="k", values="alpha"
+        )
+        if len(val)
+        else None
+    )
     change = {s: at(s, 1) - at(s, 0) for s in LOOK}
     top = max(d.abs().to_numpy().max() for d in change.values())
     for ax, (s, d) in zip(axes, change.items()):
         image = ax.imshow(d, cmap="PuOr", vmin=-top, vmax=top, aspect="auto")
         for (r, temp), (c, k) in ((x, y) for x in enumerate(d.index) for y in enumerate(d.columns)):
             dark = abs(d.loc[temp, k]) > 0.6 * top
-            ax.text(c, r, f"{d.loc[temp, k]:+.1f}" + ("" if best is None else f"\n{best.loc[temp, k]:.1f}"), ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
-            if (k, temp) == (20, 0.07): ax.add_patch(plt.Rectangle((c - 0.5, r - 0.5), 1, 1, fill=False, lw=1.6))
-        ax.set(title=s, xlabel="k", xticks=range(d.shape[1]), yticks=range(d.shape[0])); ax.set_xticklabels(d.columns); ax.set_yticklabels(d.index)
+            ax.text(
+                c,
+                r,
+                f"{d.loc[temp, k]:+.1f}" + ("" if best is None else f"\n{best.loc[temp, k]:.1f}"),
+                ha="center",
+                va="center",
+                fontsize=6.5,
+                color="white" if dark else "black",
+            )
+            if (k, temp) == (20, 0.07):
+                ax.add_patch(plt.Rectangle((c - 0.5, r - 0.5), 1, 1, fill=False, lw=1.6))
+        ax.set(title=s, xlabel="k", xticks=range(d.shape[1]), yticks=range(d.shape[0]))
+        ax.set_xticklabels(d.columns)
+        ax.set_yticklabels(d.index)
         ax.tick_params(length=0)
     axes[0].set_ylabel("temperature T")
     fig.colorbar(image, ax=axes, label="change in accuracy\n(points)")

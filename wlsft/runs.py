@@ -23,48 +23,71 @@ def runs_folder(runs: str | Path = "") -> Path:
     "Where runs are kept: the given folder, else `runs/` of the repository."
     return Path(runs) if str(runs) else data_folder().parent / "runs"
 
+
 def data_digest(encoder: str, root: str | Path = "") -> str:
     "A short hash of EmojiShift's canaries and of the encoder's file, if it is shipped or named (MODEL=FILE)."
     name, _, path = encoder.partition("=")
-    files = [shipped("emojishift/canary.json", root), Path(path) if path else shipped(f"encoders/{name}.safetensors", root)]
+    files = [
+        shipped("emojishift/canary.json", root),
+        Path(path) if path else shipped(f"encoders/{name}.safetensors", root),
+    ]
     return digest([_sha(f, f.stat().st_mtime_ns) for f in files if f.is_file()])
+
 
 @functools.cache
 def _sha(path: Path, changed: int) -> str:
     "SHA-256 of a file, computed once for each state of it."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
 
 def name_run(
-    front: str,               # a readable beginning
-    params: dict,             # every parameter, with `encoder` and `seed` among them
-    modules: Sequence[str],   # whose code counts
-    root: str | Path = ""     # see `data_folder`
+    front: str,  # a readable beginning
+    params: dict,  # every parameter, with `encoder` and `seed` among them
+    modules: Sequence[str],  # whose code counts
+    root: str | Path = "",  # see `data_folder`
 ) -> str:
     "`front`, encoder and seed, and a hash of parameters, code and data."
     stamp = digest([params, code_digest(*modules), data_digest(params["encoder"], root)], 8)
-    who = re.sub(r"\W+", "-", params["encoder"].split(".")[0])                # names of open_clip have slashes
+    who = re.sub(r"\W+", "-", params["encoder"].split(".")[0])  # names of open_clip have slashes
     return f"{front}-{who}-s{params['seed']}-{stamp}"
 
 # %% ../nbs/03_runs.ipynb #00cd590f
 def weights_digest(encoder: Encoder) -> str:
     "A short hash of all parameters and buffers."
     h = hashlib.sha256()
-    for k, v in sorted(encoder.state_dict().items()): h.update(k.encode() + v.cpu().contiguous().numpy().tobytes())
+    for k, v in sorted(encoder.state_dict().items()):
+        h.update(k.encode() + v.cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
+
 
 def provenance(encoder: Encoder, name: str, modules: Sequence[str], root: str | Path = "") -> dict:
     "Code, data, versions, number of weights trained and peak memory of this process, for `run.json`."
     import timm, open_clip
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=data_folder().parent, capture_output=True, text=True).stdout.strip()
-    unit = 2**20 if sys.platform == "darwin" else 2**10                    # macOS counts bytes, Linux kilobytes
-    return dict(code=code_digest(*modules), data=data_digest(name, root), git=git, trained=sum(q.numel() for q in encoder.parameters() if q.requires_grad),
-                versions=dict(python=sys.version.split()[0], torch=torch.__version__, timm=timm.__version__, open_clip=open_clip.__version__),
-                peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit)
+
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=data_folder().parent, capture_output=True, text=True
+    ).stdout.strip()
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
+    return dict(
+        code=code_digest(*modules),
+        data=data_digest(name, root),
+        git=git,
+        trained=sum(q.numel() for q in encoder.parameters() if q.requires_grad),
+        versions=dict(
+            python=sys.version.split()[0],
+            torch=torch.__version__,
+            timm=timm.__version__,
+            open_clip=open_clip.__version__,
+        ),
+        peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit,
+    )
 
 # %% ../nbs/03_runs.ipynb #e14e4527
 @dataclass(frozen=True)
 class Run:
     "A trained run: the adapted encoder at `theta_0`, both parameter sets with equal keys, and `run.json`."
+
     name: str
     encoder: Encoder
     theta_0: dict[str, torch.Tensor]
@@ -73,63 +96,100 @@ class Run:
     head_0: dict[str, torch.Tensor] | None = None  # a classifier's `weight` and `bias` (chapter 06)
     head_1: dict[str, torch.Tensor] | None = None
 
-def save_run(folder: Path, theta_0: dict, theta_1: dict, info: dict, heads: tuple[dict, dict] = ({}, {})) -> None:
+
+def save_run(
+    folder: Path, theta_0: dict, theta_1: dict, info: dict, heads: tuple[dict, dict] = ({}, {})
+) -> None:
     "Write `theta.safetensors` (what changed, all of an adapter, and a classifier's heads at alpha 0 and 1) and then `run.json`, atomically."
     from safetensors.torch import save_file
+
     tensors = {}
     for k, v in theta_1.items():
         changed = not torch.equal(v, theta_0[k])
-        if changed or is_adapter(k): tensors[f"theta_1.{k}"] = v.contiguous()
-        if changed and is_adapter(k): tensors[f"theta_0.{k}"] = theta_0[k].contiguous()
+        if changed or is_adapter(k):
+            tensors[f"theta_1.{k}"] = v.contiguous()
+        if changed and is_adapter(k):
+            tensors[f"theta_0.{k}"] = theta_0[k].contiguous()
     tensors |= {f"head_{i}.{k}": v.contiguous() for i, head in enumerate(heads) for k, v in head.items()}
-    with atomic_write(folder / "theta.safetensors") as p: save_file(tensors, p)
+    with atomic_write(folder / "theta.safetensors") as p:
+        save_file(tensors, p)
     write_json(folder / "run.json", info)
-    (folder / "state.pt").unlink(missing_ok=True)                          # what a killed run would have resumed from
+    (folder / "state.pt").unlink(missing_ok=True)  # what a killed run would have resumed from
 
 # %% ../nbs/03_runs.ipynb #02131e1b
-_NEEDS: dict[str, dict[str, type]] = {"full": {}, "film": dict(blocks=list), "token-replay": dict(source=str, rank=int)}      # what `load_run` reads of an adapter's parameters
+_NEEDS: dict[str, dict[str, type]] = {
+    "full": {},
+    "film": dict(blocks=list),
+    "token-replay": dict(source=str, rank=int),
+}  # what `load_run` reads of an adapter's parameters
+
 
 def read_record(path: Path) -> dict:
     "`run.json`. Raises `DataError` if it cannot be read, or lacks what a run is rebuilt from."
-    try: info = json.loads(path.read_text())
-    except (ValueError, RecursionError) as e: raise DataError(f"{path} cannot be read ({e})") from e
+    try:
+        info = json.loads(path.read_text())
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{path} cannot be read ({e})") from e
     told = info.get("parameters") if isinstance(info, dict) else None
     adapter = told.get("adapter") if isinstance(told, dict) else None
     want = dict(encoder=str, adapter=str, **_NEEDS.get(adapter if isinstance(adapter, str) else "", {}))
-    if not isinstance(told, dict) or not isinstance(info.get("encoder_digest"), str) or any(not isinstance(told.get(k), t) for k, t in want.items()):
-        raise DataError(f"{path} is not the record of a run: it should have `encoder_digest`, and `parameters` with {', '.join(want)}")
+    if (
+        not isinstance(told, dict)
+        or not isinstance(info.get("encoder_digest"), str)
+        or any(not isinstance(told.get(k), t) for k, t in want.items())
+    ):
+        raise DataError(
+            f"{path} is not the record of a run: it should have `encoder_digest`, and `parameters` with {', '.join(want)}"
+        )
     return info
 
+
 def load_run(
-    name: str,                # a folder, or a name under `runs/` or the shipped `data/runs/`
-    runs: str | Path = "", root: str | Path = "" # see `runs_folder` and `data_folder`
+    name: str,  # a folder, or a name under `runs/` or the shipped `data/runs/`
+    runs: str | Path = "",
+    root: str | Path = "",  # see `runs_folder` and `data_folder`
 ) -> Run:
     "Rebuild a run from its folder. Raises `ParameterError` for an unknown name and `DataError` for a file that does not fit."
     from safetensors.torch import load_file
+
     places = [Path(name), runs_folder(runs) / name, data_folder(root) / "runs" / name]
     folder = next((p for p in places if (p / "run.json").is_file()), None)
     if folder is None:
         known = sorted({f.parent.name for p in places[1:] for f in p.parent.glob("*/run.json")})
         raise ParameterError(f"run = {name!r} is not known; allowed: {', '.join(known) or 'none yet'}")
     info = read_record(folder / "run.json")
-    try: saved = load_file(folder / "theta.safetensors")
-    except Exception as e: raise DataError(f"{folder / 'theta.safetensors'} is missing or cut short ({e})") from e
+    try:
+        saved = load_file(folder / "theta.safetensors")
+    except Exception as e:
+        raise DataError(f"{folder / 'theta.safetensors'} is missing or cut short ({e})") from e
     return _rebuild(folder.name, info, saved, root)
 
 # %% ../nbs/03_runs.ipynb #f716c269
 def _rebuild(name: str, info: dict, saved: dict, root: str | Path) -> Run:
     "Attach the adapter's modules and fill both parameter sets."
-    p, part = info["parameters"], lambda t: {k.removeprefix(t): v for k, v in saved.items() if k.startswith(t)}
+    p, part = (
+        info["parameters"],
+        lambda t: {k.removeprefix(t): v for k, v in saved.items() if k.startswith(t)},
+    )
     one, zero = part("theta_1."), part("theta_0.")
     encoder = load_encoder(p["encoder"], root)
-    if weights_digest(encoder) != info["encoder_digest"]: raise DataError(f"run {name} was tuned from other weights of {p['encoder']} than those at hand")
-    if p["adapter"] == "film": add_film(encoder, p["blocks"])
+    if weights_digest(encoder) != info["encoder_digest"]:
+        raise DataError(f"run {name} was tuned from other weights of {p['encoder']} than those at hand")
+    if p["adapter"] == "film":
+        add_film(encoder, p["blocks"])
     if p["adapter"] == "token-replay":
-        memories = {s: one.get(f"{s}.replay.memory") for s in replay_sites(encoder) if f"{s}.replay.q.weight" in one}
+        memories = {
+            s: one.get(f"{s}.replay.memory") for s in replay_sites(encoder) if f"{s}.replay.q.weight" in one
+        }
         add_token_replay(encoder, memories, p["rank"], learned=p["source"] == "learned")
     unknown = sorted((one.keys() | zero.keys()) - encoder.state_dict().keys())
-    if unknown: raise DataError(f"run {name} holds tensors that {p['encoder']} with {p['adapter']} does not have: {unknown[:3]}")
+    if unknown:
+        raise DataError(
+            f"run {name} holds tensors that {p['encoder']} with {p['adapter']} does not have: {unknown[:3]}"
+        )
     fixed = {k: v for k, v in one.items() if is_adapter(k) and k not in zero}
     encoder.load_state_dict({**fixed, **zero}, strict=False)
     theta_0 = {k: v.clone() for k, v in encoder.state_dict().items()}
-    return Run(name, encoder, theta_0, {**theta_0, **one}, info, part("head_0.") or None, part("head_1.") or None)
+    return Run(
+        name, encoder, theta_0, {**theta_0, **one}, info, part("head_0.") or None, part("head_1.") or None
+    )

@@ -30,30 +30,36 @@ def _exact_topk(sim: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 # %% ../nbs/03_search.ipynb #51c932af
 @torch.inference_mode()
 def knn_search(
-    query: torch.Tensor, bank: torch.Tensor, # float32 (N, D) and (B, D); rows are normalised here
-    k: int,                                  # neighbours, at most B
-    exclude: torch.Tensor | None = None,     # int (N,): bank row that a query must not find, -1 for none
-    chunk_bytes: int = 128 * 2**20           # memory for one chunk of similarities
-) -> tuple[torch.Tensor, torch.Tensor]:      # cosines (N, k), falling; bank rows (N, k)
+    query: torch.Tensor,
+    bank: torch.Tensor,  # float32 (N, D) and (B, D); rows are normalised here
+    k: int,  # neighbours, at most B
+    exclude: torch.Tensor | None = None,  # int (N,): bank row that a query must not find, -1 for none
+    chunk_bytes: int = 128 * 2**20,  # memory for one chunk of similarities
+) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (N, k), falling; bank rows (N, k)
     "The k most similar bank rows of each query by cosine; ties go to the lower row. This path is the reference."
     check_range("k", k, 1, len(bank) - (exclude is not None), integer=True)
     query, piece = F.normalize(query, dim=1), max(k, chunk_bytes // (8 * bank.shape[1]))
-    rows, best = max(1, chunk_bytes // (8 * min(piece, len(bank)))), dict[int, tuple[torch.Tensor, torch.Tensor]]()
-    for at in range(0, len(bank), piece):                                  # a mapped bank is never in memory as a whole
-        part = F.normalize(bank[at:at + piece], dim=1)
+    rows, best = (
+        max(1, chunk_bytes // (8 * min(piece, len(bank)))),
+        dict[int, tuple[torch.Tensor, torch.Tensor]](),
+    )
+    for at in range(0, len(bank), piece):  # a mapped bank is never in memory as a whole
+        part = F.normalize(bank[at : at + piece], dim=1)
         for start in range(0, len(query), rows):
-            sim = linear(query[start:start + rows], part)
+            sim = linear(query[start : start + rows], part)
             if exclude is not None:
-                here = exclude[start:start + rows] - at
+                here = exclude[start : start + rows] - at
                 hit = ((here >= 0) & (here < len(part))).nonzero()[:, 0]
                 sim[hit, here[hit]] = -torch.inf
             values, index = _exact_topk(sim, min(k, len(part)))
             best[start] = _merge(best.get(start), (values, index + at), k)
     return torch.cat([v for v, _ in best.values()]), torch.cat([i for _, i in best.values()])
 
+
 def _merge(old: tuple | None, new: tuple, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     "The k best of two lists of (similarities, bank rows), by similarity and then the lower row; all rows of `old` are below those of `new`."
-    if old is None: return new
+    if old is None:
+        return new
     values, order = torch.cat([old[0], new[0]], 1).sort(dim=1, descending=True, stable=True)
     return values[:, :k], torch.cat([old[1], new[1]], 1).gather(1, order)[:, :k]
 
@@ -61,6 +67,7 @@ def _merge(old: tuple | None, new: tuple, k: int) -> tuple[torch.Tensor, torch.T
 def knn_search_faiss(query: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     "The same through `faiss.IndexFlatIP`, for banks that already live in faiss; the order of ties is not defined."
     import faiss
+
     index = faiss.IndexFlatIP(bank.shape[1])
     index.add(F.normalize(bank, dim=1).numpy())
     values, found = index.search(F.normalize(query, dim=1).numpy(), k)
@@ -69,14 +76,19 @@ def knn_search_faiss(query: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[t
 # %% ../nbs/03_search.ipynb #07c0adf3
 def _half(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Lengths (n,), unit rows in bfloat16 (n, D), and the length of each row's rounding error (n,)."
-    length, off, half = torch.empty(len(x), device=x.device), torch.empty(len(x), device=x.device), torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
-    for at in range(0, len(x), 256):                                       # what fits into a processor's cache
+    length, off, half = (
+        torch.empty(len(x), device=x.device),
+        torch.empty(len(x), device=x.device),
+        torch.empty(x.shape, dtype=torch.bfloat16, device=x.device),
+    )
+    for at in range(0, len(x), 256):  # what fits into a processor's cache
         here = slice(at, at + 256)
         length[here] = x[here].norm(dim=1).clamp_(min=1e-12)
         unit = x[here] / length[here, None]
         half[here] = unit
         off[here] = unit.sub_(half[here]).norm(dim=1)
     return length, half, off
+
 
 def _error(dim: int, q_off: torch.Tensor, b_off: torch.Tensor | float, score: torch.Tensor) -> torch.Tensor:
     "The bound on half precision's error near a score (n,), given the width and the rounding errors of query and bank."
@@ -89,11 +101,14 @@ def _guess(query: torch.Tensor, sample: torch.Tensor, k: int, size: int) -> torc
     rank = min(len(sample), math.ceil(expect + 3 * math.sqrt(expect) + 3))
     return torch.cat([(rows @ sample.T).topk(rank, 1).values[:, -1] for rows in query.split(1024)]).float()
 
-def _reach(sim: torch.Tensor, floor: torch.Tensor, group: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+
+def _reach(
+    sim: torch.Tensor, floor: torch.Tensor, group: int = 16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Rows (rising), columns and values of the scores (n, P) that reach their row's floor (n,)."
     group = group if sim.shape[1] % group == 0 else 1
     width = sim.shape[1] // group
-    groups = sim.unflatten(1, (group, width))                              # members lie a width apart, which maxima are fast at
+    groups = sim.unflatten(1, (group, width))  # members lie a width apart, which maxima are fast at
     row, first = (groups.amax(1) >= floor[:, None]).nonzero(as_tuple=True)
     values = groups.transpose(1, 2)[row, first]
     at, member = (values >= floor[row, None]).nonzero(as_tuple=True)
@@ -102,10 +117,12 @@ def _reach(sim: torch.Tensor, floor: torch.Tensor, group: int = 16) -> tuple[tor
 # %% ../nbs/03_search.ipynb #4311cbd0
 class _Candidates:
     "Up to `width` (score, bank row) for each of n queries."
+
     def __init__(self, n: int, width: int, device: torch.device):
         self.scores = torch.full((n, width), -torch.inf, dtype=torch.bfloat16, device=device)
         self.rows = torch.zeros(n, width, dtype=torch.int32, device=device)
         self.filled = torch.zeros(n, dtype=torch.int64, device=device)
+
     def add(self, query: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> None:
         "Add one candidate for each of `query` (rising)."
         count = torch.bincount(query, minlength=len(self.filled))
@@ -114,47 +131,79 @@ class _Candidates:
         where = (query * self.scores.shape[1] + place)[fits]
         self.scores.view(-1)[where], self.rows.view(-1)[where] = scores[fits], rows[fits].int()
         self.filled += count
+
     def full(self) -> torch.Tensor:
         "(n,): whose candidates did not all fit."
         return self.filled > self.scores.shape[1]
 
 # %% ../nbs/03_search.ipynb #28bbaa95
-def _rescore(query: torch.Tensor, bank: torch.Tensor, lengths: torch.Tensor, candidates: torch.Tensor, keep: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rescore(
+    query: torch.Tensor,
+    bank: torch.Tensor,
+    lengths: torch.Tensor,
+    candidates: torch.Tensor,
+    keep: torch.Tensor,
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     "`knn_search` among those of the `candidates` (n, width), rows of the bank, that are to `keep`; the queries are unit vectors, the bank's rows have `lengths`."
     n, at = keep.nonzero(as_tuple=True)
     count = torch.bincount(n, minlength=len(query))
     rows = torch.full((len(query), max(k, int(count.max()))), len(bank), device=query.device)
     rows[n, torch.arange(len(n), device=n.device) - (count.cumsum(0) - count)[n]] = candidates[n, at].long()
-    rows = rows.sort(1).values                                             # rising, as ties want them
+    rows = rows.sort(1).values  # rising, as ties want them
     real = rows < len(bank)
     crow = F.pad(real.sum(1).cumsum(0), (1, 0))
-    places = torch.sparse_csr_tensor(crow, rows[real], torch.zeros(int(crow[-1]), device=query.device), size=(len(query), len(bank)), check_invariants=False)
+    places = torch.sparse_csr_tensor(
+        crow,
+        rows[real],
+        torch.zeros(int(crow[-1]), device=query.device),
+        size=(len(query), len(bank)),
+        check_invariants=False,
+    )
     cosines = torch.full(rows.shape, -torch.inf, device=query.device)
     cosines[real] = torch.sparse.sampled_addmm(places, query, bank.T, beta=0.0).values() / lengths[rows[real]]
     values, at = _exact_topk(cosines, k)
     return values, rows.gather(1, at)
 
 # %% ../nbs/03_search.ipynb #3bff60d1
-def _search_block(query: torch.Tensor, bank: torch.Tensor, sample: torch.Tensor, likely: float, k: int, exclude: torch.Tensor | None, piece: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _search_block(
+    query: torch.Tensor,
+    bank: torch.Tensor,
+    sample: torch.Tensor,
+    likely: float,
+    k: int,
+    exclude: torch.Tensor | None,
+    piece: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     "As `fast_search`, for as many queries as memory allows, if the bank's rounding errors are `likely` or less; the rows of a query without proof are -1."
     _, q, q_off = _half(query)
     guess = _guess(q, sample, k + (exclude is not None), len(bank))
-    error = lambda b_off, score: _error(q.shape[1], q_off, b_off, score)
+
+    def error(b_off, score):
+        return _error(q.shape[1], q_off, b_off, score)
+
     floor = (guess - 2 * error(likely, guess)).bfloat16()
     width = int(4 * (k + 3 * math.sqrt(k * len(bank) / len(sample)) + 4 * len(bank) / len(sample)))
-    c, lengths, b_off = _Candidates(len(q), width, q.device), torch.empty(len(bank), device=q.device), torch.zeros((), device=q.device)
+    c, lengths, b_off = (
+        _Candidates(len(q), width, q.device),
+        torch.empty(len(bank), device=q.device),
+        torch.zeros((), device=q.device),
+    )
     for at in range(0, len(bank), piece):
-        lengths[at:at + piece], b, off = _half(bank[at:at + piece])
-        b_off = torch.maximum(b_off, off.max())                            # nan stays nan: then nothing is proven
+        lengths[at : at + piece], b, off = _half(bank[at : at + piece])
+        b_off = torch.maximum(b_off, off.max())  # nan stays nan: then nothing is proven
         for start in range(0, len(q), 1024):
-            n, rows, scores = _reach(q[start:start + 1024] @ b.T, floor[start:start + 1024])
-            if exclude is not None: n, rows, scores = (x[rows + at != exclude[n + start]] for x in (n, rows, scores))
+            n, rows, scores = _reach(q[start : start + 1024] @ b.T, floor[start : start + 1024])
+            if exclude is not None:
+                n, rows, scores = (x[rows + at != exclude[n + start]] for x in (n, rows, scores))
             c.add(n + start, rows + at, scores)
         floor[c.full()] = torch.inf
     tau = c.scores.topk(k, 1).values[:, -1].float()
     sure = (tau >= guess) & ~c.full() & (b_off <= likely)
     keep = sure[:, None] & (c.scores >= (tau - 2 * error(b_off, tau))[:, None])
-    parts = zip(F.normalize(query, dim=1).split(512), c.rows.split(512), keep.split(512))         # tables as wide as the longest list
+    parts = zip(
+        F.normalize(query, dim=1).split(512), c.rows.split(512), keep.split(512)
+    )  # tables as wide as the longest list
     found = [_rescore(q, bank, lengths, rows, chosen, k) for q, rows, chosen in parts]
     values, rows = torch.cat([v for v, _ in found]), torch.cat([r for _, r in found])
     return values, torch.where(sure[:, None], rows, -1)
@@ -162,35 +211,60 @@ def _search_block(query: torch.Tensor, bank: torch.Tensor, sample: torch.Tensor,
 # %% ../nbs/03_search.ipynb #e03d8855
 @torch.inference_mode()
 def fast_search(
-    query: torch.Tensor, bank: torch.Tensor, # float32 (N, D) and (B, D), as for `knn_search`; the bank is not copied
-    k: int,                                  # neighbours; a small part of B
-    exclude: torch.Tensor | None = None,     # int (N,): bank row that a query must not find, -1 for none
-    piece: int = 8192                        # bank rows at a time, and queries in a block
-) -> tuple[torch.Tensor, torch.Tensor]:      # cosines (N, k), falling; bank rows (N, k)
+    query: torch.Tensor,
+    bank: torch.Tensor,  # float32 (N, D) and (B, D), as for `knn_search`; the bank is not copied
+    k: int,  # neighbours; a small part of B
+    exclude: torch.Tensor | None = None,  # int (N,): bank row that a query must not find, -1 for none
+    piece: int = 8192,  # bank rows at a time, and queries in a block
+) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (N, k), falling; bank rows (N, k)
     "The answer of `knn_search`, from half precision with a proven margin. Equal up to the order of cosines that differ by single precision's rounding."
     check_range("k", k, 1, len(bank) - (exclude is not None), integer=True)
-    _, sample, off = _half(bank[::max(1, len(bank) // max(piece, len(bank) // 32))])
+    _, sample, off = _half(bank[:: max(1, len(bank) // max(piece, len(bank) // 32))])
     likely = 1.1 * off.max().item()
     blocks = range(0, len(query), piece)
     cuda = torch.backends.cuda.matmul
-    before, cuda.allow_bf16_reduced_precision_reduction = cuda.allow_bf16_reduced_precision_reduction, False     # the proof wants sums in single precision
-    try: found = [_search_block(query[a:a + piece], bank, sample, likely, k, None if exclude is None else exclude[a:a + piece], piece) for a in blocks]
-    finally: cuda.allow_bf16_reduced_precision_reduction = before
+    before, cuda.allow_bf16_reduced_precision_reduction = (
+        cuda.allow_bf16_reduced_precision_reduction,
+        False,
+    )  # the proof wants sums in single precision
+    try:
+        found = [
+            _search_block(
+                query[a : a + piece],
+                bank,
+                sample,
+                likely,
+                k,
+                None if exclude is None else exclude[a : a + piece],
+                piece,
+            )
+            for a in blocks
+        ]
+    finally:
+        cuda.allow_bf16_reduced_precision_reduction = before
     values, rows = torch.cat([v for v, _ in found]), torch.cat([r for _, r in found])
     rest = (rows[:, 0] < 0).nonzero()[:, 0]
-    if len(rest): values[rest], rows[rest] = knn_search(query[rest], bank, k, None if exclude is None else exclude[rest])
+    if len(rest):
+        values[rest], rows[rest] = knn_search(
+            query[rest], bank, k, None if exclude is None else exclude[rest]
+        )
     return values, rows
 
 # %% ../nbs/03_search.ipynb #15a015ad
 def _multiplies_half(device: torch.device) -> bool:
     "Has the processor, or the GPU, instructions for bfloat16?"
-    if device.type != "cpu": return True
+    if device.type != "cpu":
+        return True
     has: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
+
 def nearest(
-    query: torch.Tensor, bank: torch.Tensor, k: int, exclude: torch.Tensor | None = None # see `knn_search`
-) -> tuple[torch.Tensor, torch.Tensor]:                                                  # cosines (N, k), falling; bank rows (N, k)
+    query: torch.Tensor,
+    bank: torch.Tensor,
+    k: int,
+    exclude: torch.Tensor | None = None,  # see `knn_search`
+) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (N, k), falling; bank rows (N, k)
     "`fast_search` where it pays, else `knn_search`."
     fast = len(bank) >= 16_384 and 32 * k <= len(bank) and _multiplies_half(query.device)
     return (fast_search if fast else knn_search)(query, bank, k, exclude)

@@ -21,37 +21,73 @@ from .disk import atomic_write
 # %% ../nbs/build/site.ipynb #9cded39b
 def _short(anno: object) -> str:
     "A type as one writes it, without modules."
-    return "" if anno is inspect.Parameter.empty else re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(anno))
+    return (
+        ""
+        if anno is inspect.Parameter.empty
+        else re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(anno))
+    )
+
 
 class Reference(BasicMarkdownRenderer):
     "An entry of the API reference: source, signature, docstring, and a table of parameters where they have comments."
+
     def _table(self) -> str:
-        about = {k: v for k, v in docments(self.sym, full=True).items() if k not in ("self", "return") or (k == "return" and not inspect.isclass(self.sym))}
-        if not any(v.get("docment") for v in about.values()): return ""
+        about = {
+            k: v
+            for k, v in docments(self.sym, full=True).items()
+            if k not in ("self", "return") or (k == "return" and not inspect.isclass(self.sym))
+        }
+        if not any(v.get("docment") for v in about.values()):
+            return ""
         rows, waiting = ["| | type | default | |", "| --- | --- | --- | --- |"], []
         for i, (name, v) in enumerate(about.items()):
-            waiting.append((f"`{name}`" if name != "return" else "*returns*", _short(v["anno"]), "" if v["default"] is inspect.Parameter.empty else repr(v["default"])))
-            if not v.get("docment") and i + 1 < len(about) and list(about)[i + 1] != "return": continue
+            waiting.append(
+                (
+                    f"`{name}`" if name != "return" else "*returns*",
+                    _short(v["anno"]),
+                    "" if v["default"] is inspect.Parameter.empty else repr(v["default"]),
+                )
+            )
+            if not v.get("docment") and i + 1 < len(about) and list(about)[i + 1] != "return":
+                continue
             names, types, defaults = zip(*waiting)
-            code = lambda xs: ", ".join(f"`{x}`" for x in dict.fromkeys(x for x in xs if x)).replace("|", r"\|")
-            rows.append(f"| {', '.join(names)} | {code(types)} | {code(defaults)} | {(v.get('docment') or '').replace('|', chr(92) + '|')} |")
+
+            def code(xs):
+                return ", ".join(f"`{x}`" for x in dict.fromkeys(x for x in xs if x)).replace("|", r"\|")
+
+            rows.append(
+                f"| {', '.join(names)} | {code(types)} | {code(defaults)} | {(v.get('docment') or '').replace('|', chr(92) + '|')} |"
+            )
             waiting = []
         return "\n\n" + "\n".join(rows)
 
     def _repr_markdown_(self) -> str:
         (head, _, _), table = super()._repr_markdown_().partition("```python"), self._table()
         params = [] if self.sig is None else [p for p in self.sig.parameters.values() if p.name != "self"]
-        kind = lambda anno, before: "" if table or anno is inspect.Parameter.empty else before + _short(anno)      # without a table types stand here
-        parts = [p.name + kind(p.annotation, ": ") + ("" if p.default is p.empty else f"={p.default!r}") for p in params]
-        back = "" if self.sig is None or inspect.isclass(self.sym) else kind(self.sig.return_annotation, " -> ")
+
+        def kind(anno, before):
+            return (
+                "" if table or anno is inspect.Parameter.empty else before + _short(anno)
+            )  # without a table types stand here
+
+        parts = [
+            p.name + kind(p.annotation, ": ") + ("" if p.default is p.empty else f"={p.default!r}")
+            for p in params
+        ]
+        back = (
+            "" if self.sig is None or inspect.isclass(self.sym) else kind(self.sig.return_annotation, " -> ")
+        )
         call = f"{self.nm}({', '.join(parts)}){back}"
-        if len(call) > 76: call = f"{self.nm}(\n    " + ",\n    ".join(parts) + f"){back}"
+        if len(call) > 76:
+            call = f"{self.nm}(\n    " + ",\n    ".join(parts) + f"){back}"
         return f"{head}```python\n{call}\n```" + (f"\n\n{self.docs}" if self.docs else "") + table
 
 # %% ../nbs/build/site.ipynb #f04ccc80
 def page_names(
-    proc: str | Path       # the folder that `nbdev_proc_nbs` fills
-) -> dict[str, str]:       # page as named after its notebook -> page as nbdev's links call it, both relative to the site
+    proc: str | Path,  # the folder that `nbdev_proc_nbs` fills
+) -> dict[
+    str, str
+]:  # page as named after its notebook -> page as nbdev's links call it, both relative to the site
     "Where each notebook is to be found. Raises `ValueError` if two notebooks want the same page."
     names = {}
     for f in sorted(Path(proc).rglob("*.ipynb")):
@@ -60,61 +96,88 @@ def page_names(
         page = f.relative_to(proc).with_suffix(".html")
         names[page.as_posix()] = page.with_name(wanted[1].strip()).as_posix() if wanted else page.as_posix()
     twice = [p for p in names.values() if list(names.values()).count(p) > 1]
-    if twice: raise ValueError(f"{twice[0]} is wanted by {' and '.join(k for k, v in names.items() if v == twice[0])}; rename one")
+    if twice:
+        raise ValueError(
+            f"{twice[0]} is wanted by {' and '.join(k for k, v in names.items() if v == twice[0])}; rename one"
+        )
     return names
 
 # %% ../nbs/build/site.ipynb #d8cc22a8
 _MATH = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
-_FETCHED = re.compile(r'<(?:script|link)[^>]*(?:src|href)="https?://[^"]*(?:katex|mathjax|polyfill)[^"]*"[^>]*>(?:</script>)?', re.I)
+_FETCHED = re.compile(
+    r'<(?:script|link)[^>]*(?:src|href)="https?://[^"]*(?:katex|mathjax|polyfill)[^"]*"[^>]*>(?:</script>)?',
+    re.I,
+)
+
 
 def finish_page(
-    text: str,                   # HTML as rendered
-    names: Mapping[str, str],    # from `page_names`
-    base: str,                   # the address that nbdev writes before its links
-    up: str = ""                 # "../" for a page one folder down
-) -> str:                        # HTML that needs nothing from elsewhere
+    text: str,  # HTML as rendered
+    names: Mapping[str, str],  # from `page_names`
+    base: str,  # the address that nbdev writes before its links
+    up: str = "",  # "../" for a page one folder down
+) -> str:  # HTML that needs nothing from elsewhere
     "Equations as MathML, pages by their names, chapters as links."
-    from latex2mathml.converter import convert     # an extra: only who builds the site needs it
-    text = _MATH.sub(lambda m: convert(html.unescape(m[2]), display="block" if m[1] == "display" else "inline"), _FETCHED.sub("", text))
+    from latex2mathml.converter import convert  # an extra: only who builds the site needs it
+
+    text = _MATH.sub(
+        lambda m: convert(html.unescape(m[2]), display="block" if m[1] == "display" else "inline"),
+        _FETCHED.sub("", text),
+    )
     text = text.replace(f'href="{base}/', f'href="{up}')
     flat = {Path(k).name: Path(v).name for k, v in names.items()}
-    text = re.sub(r'(href=")([^":#?]*/)?([^"/:#?]+\.html)', lambda m: m[1] + (m[2] or "") + flat.get(m[3], m[3]), text)
+    text = re.sub(
+        r'(href=")([^":#?]*/)?([^"/:#?]+\.html)', lambda m: m[1] + (m[2] or "") + flat.get(m[3], m[3]), text
+    )
     at = {Path(k).stem: up + v for k, v in names.items()}
-    link = lambda m: m[0] if m[1] or m[2] not in at else f'<a href="{at[m[2]]}"><code>{m[2]}</code></a>'
+
+    def link(m):
+        return m[0] if m[1] or m[2] not in at else f'<a href="{at[m[2]]}"><code>{m[2]}</code></a>'
+
     return re.sub(r"(<a [^>]*>\s*)?<code>([^<]+)</code>", link, text)
 
 # %% ../nbs/build/site.ipynb #4732b6e6
 def finish_site(
-    docs: str | Path,      # the rendered site
-    proc: str | Path,      # what it was rendered from
-    base: str              # the address it will have, as in settings.ini: doc_host and doc_baseurl
+    docs: str | Path,  # the rendered site
+    proc: str | Path,  # what it was rendered from
+    base: str,  # the address it will have, as in settings.ini: doc_host and doc_baseurl
 ) -> None:
     "Finish every page, rename it, and rewrite the search index and the map of the site to match."
     docs, names = Path(docs), page_names(proc)
     for page, name in names.items():
         text = finish_page((docs / page).read_text(), names, base.rstrip("/"), "../" * page.count("/"))
         (docs / page).unlink()
-        with atomic_write(docs / name) as p: p.write_text(text)
+        with atomic_write(docs / name) as p:
+            p.write_text(text)
     for f in (docs / "search.json", docs / "sitemap.xml"):
-        if f.is_file(): f.write_text(re.sub(r'(["/])([\w/]+\.html)\b', lambda m: m[1] + names.get(m[2], m[2]), f.read_text()))
+        if f.is_file():
+            f.write_text(
+                re.sub(r'(["/])([\w/]+\.html)\b', lambda m: m[1] + names.get(m[2], m[2]), f.read_text())
+            )
     for f in docs.rglob("*.css"):
         text = f.read_text()
-        if "fonts.googleapis.com" in text: f.write_text(re.sub(r"@import\s+url\([^)]*fonts\.googleapis\.com[^)]*\)[^;]*;", "", text))
+        if "fonts.googleapis.com" in text:
+            f.write_text(re.sub(r"@import\s+url\([^)]*fonts\.googleapis\.com[^)]*\)[^;]*;", "", text))
 
 # %% ../nbs/build/site.ipynb #ba992cdd
-def _trouble(docs: Path, page: Path, tag: str, rest: str, address: str, anchors: Mapping[Path, set[str]]) -> str:
+def _trouble(
+    docs: Path, page: Path, tag: str, rest: str, address: str, anchors: Mapping[Path, set[str]]
+) -> str:
     "Why an address on a page does not lead anywhere; empty if it does."
-    if re.match(r"(data|mailto|javascript):", address): return ""
-    if re.match(r"(https?:)?//", address): return "loaded from elsewhere" if tag in ("img", "script", "link") and "canonical" not in rest else ""
+    if re.match(r"(data|mailto|javascript):", address):
+        return ""
+    if re.match(r"(https?:)?//", address):
+        return "loaded from elsewhere" if tag in ("img", "script", "link") and "canonical" not in rest else ""
     path, _, anchor = unquote(address).partition("#")
     to = (page.parent / path.split("?")[0]).resolve() if path else page
     to = to / "index.html" if to.is_dir() else to
-    if not to.is_file() or not to.is_relative_to(docs): return "no such file"
+    if not to.is_file() or not to.is_relative_to(docs):
+        return "no such file"
     return "no such place on the page" if anchor and to in anchors and anchor not in anchors[to] else ""
 
+
 def broken(
-    docs: str | Path       # a finished site
-) -> list[str]:            # "page: address (why)"; empty if all is well
+    docs: str | Path,  # a finished site
+) -> list[str]:  # "page: address (why)"; empty if all is well
     "Links, images, scripts and anchors of a site that lead nowhere or outside."
     docs = Path(docs).resolve()
     pages = {f: f.read_text() for f in docs.rglob("*.html")}
@@ -124,5 +187,6 @@ def broken(
         text = re.sub(r"<(script|style)\b(?![^>]*src)[^>]*>.*?</\1>", "", text, flags=re.S)
         for tag, rest, address in re.findall(r'<(\w+)\b([^>]*?)\s(?:href|src)="([^"]*)"', text):
             why = _trouble(docs, f, tag, rest, html.unescape(address), anchors)
-            if why: out.append(f"{f.relative_to(docs)}: {address} ({why})")
+            if why:
+                out.append(f"{f.relative_to(docs)}: {address} ({why})")
     return sorted(out)

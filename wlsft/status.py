@@ -24,50 +24,67 @@ from .study import ParameterError, check_range, expand_study
 @dataclass(frozen=True)
 class Planned:
     "A run that a study asks for, and one sweep of it."
-    run: str                      # its name
-    chapter: str                  # that trains it
-    params: dict[str, Any]        # of that chapter
-    sweep: dict[str, Any]         # of chapter 05
-    rows: str                     # name of the sweep; its table is `rows-NAME.parquet` in the run's folder
+
+    run: str  # its name
+    chapter: str  # that trains it
+    params: dict[str, Any]  # of that chapter
+    sweep: dict[str, Any]  # of chapter 05
+    rows: str  # name of the sweep; its table is `rows-NAME.parquet` in the run's folder
 
 # %% ../nbs/12_status.ipynb #f4cad78b
 def study_plan(
-    path: str | Path,             # a YAML file of `nbs/studies`
-    seeds: int = 1, everywhere: dict = {}, root: str | Path = "" # see `expand_study` and `data_folder`
-) -> dict[tuple[str, str], Planned]: # by the names of run and sweep
+    path: str | Path,  # a YAML file of `nbs/studies`
+    seeds: int = 1,
+    everywhere: dict = {},
+    root: str | Path = "",  # see `expand_study` and `data_folder`
+) -> dict[tuple[str, str], Planned]:  # by the names of run and sweep
     "Every run and sweep of a study. Raises `ParameterError` and `DataError` for what cannot be run, before anything is."
     plan: dict[tuple[str, str], Planned] = {}
     for p in expand_study(path, int(check_range("seeds", seeds, 1, 100, integer=True)), everywhere):
         try:
-            chapter, known = settled({k: v for k, v in p.items() if k not in SWEEP or k == "suite" and "method" in p})   # chapters 06 and 07 train on a suite's images
-            whole = p.get("steps", SWEEP["steps"]) == SWEEP["steps"]                        # whole sweeps score every cell at their ends
+            chapter, known = settled(
+                {k: v for k, v in p.items() if k not in SWEEP or k == "suite" and "method" in p}
+            )  # chapters 06 and 07 train on a suite's images
+            whole = (
+                p.get("steps", SWEEP["steps"]) == SWEEP["steps"]
+            )  # whole sweeps score every cell at their ends
             sweep = settled_sweep({"cells": whole, **{k: v for k, v in p.items() if k in SWEEP}})
-        except ParameterError as e: raise ParameterError(f"{path}: {e}") from e
+        except ParameterError as e:
+            raise ParameterError(f"{path}: {e}") from e
         run, rows = name_of(known, root), sweep_name(sweep, root)
-        if any(q.run == run and q.sweep["suite"] != sweep["suite"] for q in plan.values()): raise ParameterError(f"{path}: {run} is swept over more than one suite, and figures do not tell their sets apart; make it two studies")
+        if any(q.run == run and q.sweep["suite"] != sweep["suite"] for q in plan.values()):
+            raise ParameterError(
+                f"{path}: {run} is swept over more than one suite, and figures do not tell their sets apart; make it two studies"
+            )
         plan[run, rows] = Planned(run, chapter, known, sweep, rows)
     return plan
+
 
 def write_plan(plan: dict[tuple[str, str], Planned], path: str | Path) -> Path:
     "Names of runs and sweeps as a file, written only when they are others than before; its path."
     names, path = sorted(map(list, plan)), Path(path)
-    if not path.is_file() or json.loads(path.read_text()) != names: write_json(path, names)
+    if not path.is_file() or json.loads(path.read_text()) != names:
+        write_json(path, names)
     return path
 
 # %% ../nbs/12_status.ipynb #58534910
 _ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b: \S.*|wlsft-\w+: .*)$")
+
 
 def _why(folder: Path, stage: str) -> str:
     "The error of a stage that failed: the last one that its log tells, else the notebook's, else the log's last words."
     log = folder / f"{stage}.log"
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace")) if log.is_file() else ""
     told = [m[1] for line in text.splitlines() if (m := _ERROR.search(line))]
-    if told: return told[-1]
+    if told:
+        return told[-1]
     try:
         cells = json.loads((folder / f"{stage}.failed.ipynb").read_text())["cells"]
         errors = [o for c in cells for o in c.get("outputs", []) if o.get("output_type") == "error"]
-        if errors: return f"{errors[-1]['ename']}: {errors[-1]['evalue']}"
-    except (OSError, ValueError, KeyError): pass
+        if errors:
+            return f"{errors[-1]['ename']}: {errors[-1]['evalue']}"
+    except (OSError, ValueError, KeyError):
+        pass
     words = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
     return words[-1] if words else "killed, or its machine went away"
 
@@ -75,28 +92,42 @@ def _why(folder: Path, stage: str) -> str:
 def _going(folder: Path, stage: str) -> str | None:
     "How far a stage has come that a process works at; None if none does."
     note, log = folder / f"{stage}.progress.json", folder / f"{stage}.log"
-    age = lambda f: time.time() - f.stat().st_mtime
-    try: told, old = json.loads(note.read_text()), age(note)
-    except (OSError, ValueError): told, old = {}, 1e9
-    locks = [f"{stage}.lock", *([".lock"] if stage == "train" else [])]                     # the run's own lock: under torchrun, no notebook is at work yet
+
+    def age(f):
+        return time.time() - f.stat().st_mtime
+
+    try:
+        told, old = json.loads(note.read_text()), age(note)
+    except (OSError, ValueError):
+        told, old = {}, 1e9
+    locks = [
+        f"{stage}.lock",
+        *([".lock"] if stage == "train" else []),
+    ]  # the run's own lock: under torchrun, no notebook is at work yet
     starting = log.is_file() and not log.stat().st_size and age(log) < 120
-    if not any(is_held(folder / lock) for lock in locks) and old > 120 and not starting: return None
-    if not told: return ""
+    if not any(is_held(folder / lock) for lock in locks) and old > 120 and not starting:
+        return None
+    if not told:
+        return ""
     left = "" if told["left"] is None else f", {told['left'] // 60} min {told['left'] % 60} s left"
     return f"{told['what']}: {told['done']} of {told['total']}{left}"
 
 # %% ../nbs/12_status.ipynb #3cb67098
 def run_state(
-    folder: Path, rows: str # of the run; the sweep's name
-) -> tuple[str, str]:       # such as `swept`, `training`, `failed in sweep`; what there is to say about it
+    folder: Path,
+    rows: str,  # of the run; the sweep's name
+) -> tuple[str, str]:  # such as `swept`, `training`, `failed in sweep`; what there is to say about it
     "State of a run and one sweep of it."
     sweep = f"sweep-{rows}"
     for stage, now in ((sweep, "sweeping"), ("train", "training")):
         going = _going(folder, stage)
-        if going is not None: return now, going
-    if (folder / f"rows-{rows}.parquet").is_file(): return "swept", ""
+        if going is not None:
+            return now, going
+    if (folder / f"rows-{rows}.parquet").is_file():
+        return "swept", ""
     stage = sweep if (folder / "run.json").is_file() else "train"
-    if any((folder / f"{stage}{end}").exists() for end in (".failed.ipynb", ".lock", ".log")): return f"failed in {stage.partition('-')[0]}", _why(folder, stage)
+    if any((folder / f"{stage}{end}").exists() for end in (".failed.ipynb", ".lock", ".log")):
+        return f"failed in {stage.partition('-')[0]}", _why(folder, stage)
     return ("waiting", "") if stage == "train" else ("trained", "")
 
 # %% ../nbs/12_status.ipynb #bebf7e64
@@ -104,82 +135,146 @@ def _bytes(place: Path) -> int:
     "Size of a file, or of all files of a folder."
     return sum(f.lstat().st_size for f in ([place] if place.is_file() else place.rglob("*")) if f.is_file())
 
+
 def study_status(
-    plan: dict[tuple[str, str], Planned], # from `study_plan`
-    runs: str | Path = ""                 # see `runs_folder`
-) -> pd.DataFrame:                        # run, state, note, MB
+    plan: dict[tuple[str, str], Planned],  # from `study_plan`
+    runs: str | Path = "",  # see `runs_folder`
+) -> pd.DataFrame:  # run, state, note, MB
     "One line for each run and sweep that a study asks for."
     place = runs_folder(runs)
-    rows = [(name, *run_state(place / name, sweep), round(_bytes(place / name) / 1e6, 1)) for name, sweep in plan]
+    rows = [
+        (name, *run_state(place / name, sweep), round(_bytes(place / name) / 1e6, 1)) for name, sweep in plan
+    ]
     return pd.DataFrame(rows, columns=["run", "state", "note", "MB"])
 
 # %% ../nbs/12_status.ipynb #456e3ee3
 def named_runs(*folders: Path) -> set[str]:
     "Names in the `run` column of every table, parquet or CSV, and in every `plan.json` under the folders. Raises `DataError` for one that cannot be read."
     found: set[str] = set()
-    for f in (f for place in folders for name in ("*.parquet", "*.csv", "plan.json") for f in place.rglob(name)):
+    for f in (
+        f for place in folders for name in ("*.parquet", "*.csv", "plan.json") for f in place.rglob(name)
+    ):
         try:
-            if f.suffix == ".json": found |= {run for run, _ in json.loads(f.read_text())}
-            elif f.suffix == ".parquet": found |= set(pd.read_parquet(f, columns=["run"]).run.astype(str)) if "run" in read_schema(f).names else set()
-            else: found |= set(pd.read_csv(f, usecols=lambda c: c == "run").get("run", pd.Series()).astype(str))
-        except pd.errors.EmptyDataError: pass
-        except (ValueError, TypeError, OSError) as e: raise DataError(f"{f} cannot be read, so which runs it needs is not known ({e})") from e
+            if f.suffix == ".json":
+                found |= {run for run, _ in json.loads(f.read_text())}
+            elif f.suffix == ".parquet":
+                found |= (
+                    set(pd.read_parquet(f, columns=["run"]).run.astype(str))
+                    if "run" in read_schema(f).names
+                    else set()
+                )
+            else:
+                found |= set(pd.read_csv(f, usecols=lambda c: c == "run").get("run", pd.Series()).astype(str))
+        except pd.errors.EmptyDataError:
+            pass
+        except (ValueError, TypeError, OSError) as e:
+            raise DataError(f"{f} cannot be read, so which runs it needs is not known ({e})") from e
     return found
 
 # %% ../nbs/12_status.ipynb #bd3ec606
 def _busy(folder: Path) -> bool:
     "Is somebody at work in a run's folder?"
-    return any(_going(folder, stage) is not None for stage in {"train", *(f.name.partition(".")[0] for f in folder.glob("sweep-*"))})
+    return any(
+        _going(folder, stage) is not None
+        for stage in {"train", *(f.name.partition(".")[0] for f in folder.glob("sweep-*"))}
+    )
+
 
 def to_prune(
-    keep: set[str], runs: str | Path = "" # names of runs that are needed; see `runs_folder`
-) -> pd.DataFrame:                        # path, what, MB
+    keep: set[str],
+    runs: str | Path = "",  # names of runs that are needed; see `runs_folder`
+) -> pd.DataFrame:  # path, what, MB
     "What of `runs/` is not needed; nothing is deleted. Links are left alone."
     place = runs_folder(runs)
-    folders = [f for f in sorted(place.iterdir()) if f.is_dir() and not f.is_symlink()] if place.is_dir() else []
+    folders = (
+        [f for f in sorted(place.iterdir()) if f.is_dir() and not f.is_symlink()] if place.is_dir() else []
+    )
     busy = {f.name for f in folders if _busy(f)}
-    ours = [f for f in folders if any((f / name).exists() for name in ("run.json", "state.pt", "train.log", "train.failed.ipynb", "train.lock"))]
+    ours = [
+        f
+        for f in folders
+        if any(
+            (f / name).exists()
+            for name in ("run.json", "state.pt", "train.log", "train.failed.ipynb", "train.lock")
+        )
+    ]
     rows = [(f, "run that nothing names") for f in ours if f.name not in keep | busy]
-    if not busy: rows += [(f, "can be made again") for f in folders if f.name in ("cache", "scratch")]
-    return pd.DataFrame([(str(f), what, round(_bytes(f) / 1e6, 1)) for f, what in rows], columns=["path", "what", "MB"])
+    if not busy:
+        rows += [(f, "can be made again") for f in folders if f.name in ("cache", "scratch")]
+    return pd.DataFrame(
+        [(str(f), what, round(_bytes(f) / 1e6, 1)) for f, what in rows], columns=["path", "what", "MB"]
+    )
 
 # %% ../nbs/12_status.ipynb #93db2c08
 def needed_runs(
-    home: Path, runs: Path, data: str = "" # the repository; see `runs_folder` and `data_folder`
-) -> set[str]:                             # names of folders
+    home: Path,
+    runs: Path,
+    data: str = "",  # the repository; see `runs_folder` and `data_folder`
+) -> set[str]:  # names of folders
     "What pruning must leave. Raises `ParameterError` or `DataError` for a study or table that cannot be read."
     keep = named_runs(home / "data/results", home / "figures", runs / "studies")
     for f in sorted((home / "nbs/studies").glob("*.yaml")):
-        try: keep |= {run for run, _ in study_plan(f, 20, {}, data)}
-        except DataError:                                                      # its data are elsewhere
-            for p in expand_study(f): keep |= {g.name for g in runs.glob(f"{p['method']}-*" if "method" in p else f"*-{str(p.get('corpus')).partition('=')[0]}-*")}
+        try:
+            keep |= {run for run, _ in study_plan(f, 20, {}, data)}
+        except DataError:  # its data are elsewhere
+            for p in expand_study(f):
+                keep |= {
+                    g.name
+                    for g in runs.glob(
+                        f"{p['method']}-*"
+                        if "method" in p
+                        else f"*-{str(p.get('corpus')).partition('=')[0]}-*"
+                    )
+                }
     return keep
 
 # %% ../nbs/12_status.ipynb #bfc31af3
 def main(
-    argv: list[str] | None = None # arguments; the command line's by default
+    argv: list[str] | None = None,  # arguments; the command line's by default
 ) -> None:
     "`wlsft-status STUDY [--seeds N] [--data D] [--runs R] [--set YAML] [--prune list|delete]`."
     import argparse, yaml
-    parser = argparse.ArgumentParser("wlsft-status", description="What of a study is done, running or failed, and why; with --prune, what in the runs folder nothing needs.")
-    parser.add_argument("study"); parser.add_argument("--seeds", type=int, default=1); parser.add_argument("--data", default=""); parser.add_argument("--runs", default="")
-    parser.add_argument("--set", default="", help="parameters set in every run, as for `make study`"); parser.add_argument("--prune", choices=["list", "delete"])
+
+    parser = argparse.ArgumentParser(
+        "wlsft-status",
+        description="What of a study is done, running or failed, and why; with --prune, what in the runs folder nothing needs.",
+    )
+    parser.add_argument("study")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--data", default="")
+    parser.add_argument("--runs", default="")
+    parser.add_argument("--set", default="", help="parameters set in every run, as for `make study`")
+    parser.add_argument("--prune", choices=["list", "delete"])
     a = parser.parse_args(argv)
     home, everywhere = data_folder().parent, yaml.safe_load(a.set) or {}
     with pd.option_context("display.max_colwidth", 100, "display.width", 250, "display.max_rows", None):
         try:
             plan = study_plan(home / f"nbs/studies/{a.study}.yaml", a.seeds, everywhere, a.data)
-            if a.prune: _prune(home, plan, a)
-        except (ParameterError, DataError) as e: sys.exit(f"wlsft-status: {e}")
+            if a.prune:
+                _prune(home, plan, a)
+        except (ParameterError, DataError) as e:
+            sys.exit(f"wlsft-status: {e}")
         if not a.prune:
             table = study_status(plan, a.runs)
-            print(table.to_string(index=False), "\n", ", ".join(f"{n} {s}" for s, n in table.state.value_counts().items()), sep="\n")
-            print(f"{runs_folder(a.runs)}: {_bytes(runs_folder(a.runs)) / 1e6:,.0f} MB, {shutil.disk_usage(home).free / 1e9:,.1f} GB free")
+            print(
+                table.to_string(index=False),
+                "\n",
+                ", ".join(f"{n} {s}" for s, n in table.state.value_counts().items()),
+                sep="\n",
+            )
+            print(
+                f"{runs_folder(a.runs)}: {_bytes(runs_folder(a.runs)) / 1e6:,.0f} MB, {shutil.disk_usage(home).free / 1e9:,.1f} GB free"
+            )
 
 # %% ../nbs/12_status.ipynb #a3ce12ac
 def _prune(home: Path, plan: dict, a) -> None:
     "List or delete."
     table = to_prune({run for run, _ in plan} | needed_runs(home, runs_folder(a.runs), a.data), a.runs)
-    print(table.to_string(index=False) if len(table) else "nothing can go", f"{table.MB.sum():,.1f} MB", sep="\n")
+    print(
+        table.to_string(index=False) if len(table) else "nothing can go",
+        f"{table.MB.sum():,.1f} MB",
+        sep="\n",
+    )
     for path in table.path if a.prune == "delete" else []:
-        if not _busy(Path(path)): shutil.rmtree(path)
+        if not _busy(Path(path)):
+            shutil.rmtree(path)

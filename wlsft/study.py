@@ -19,48 +19,62 @@ from .disk import only_one, write_json
 class ParameterError(ValueError):
     "A parameter's value is outside what is allowed; the message names the parameter, the value and the choices."
 
+
 def check_choice(
-    name: str, value: Any, # parameter's name and value
-    allowed: Iterable      # what it may be
-) -> Any:                  # the value
+    name: str,
+    value: Any,  # parameter's name and value
+    allowed: Iterable,  # what it may be
+) -> Any:  # the value
     "`value` if it is one of `allowed`, else a `ParameterError` that lists them."
     allowed = list(allowed)
-    if value not in allowed: raise ParameterError(f"{name} = {value!r} is not known; allowed: {', '.join(map(str, allowed))}")
+    if value not in allowed:
+        raise ParameterError(f"{name} = {value!r} is not known; allowed: {', '.join(map(str, allowed))}")
     return value
 
+
 def with_defaults(
-    given: dict[str, Any], defaults: dict[str, Any] # what the caller sets; every parameter there is
-) -> dict[str, Any]:                                # all parameters
+    given: dict[str, Any],
+    defaults: dict[str, Any],  # what the caller sets; every parameter there is
+) -> dict[str, Any]:  # all parameters
     "`given` over `defaults`; a `ParameterError` for a name that `defaults` lacks."
-    for name in given: check_choice("parameter", name, defaults)
+    for name in given:
+        check_choice("parameter", name, defaults)
     return {**defaults, **given}
 
+
 def check_range(
-    name: str, value: float, # parameter's name and value
-    low: float, high: float, # both ends are allowed
-    integer: bool = False    # must it be a whole number?
-) -> float:                  # the value
+    name: str,
+    value: float,  # parameter's name and value
+    low: float,
+    high: float,  # both ends are allowed
+    integer: bool = False,  # must it be a whole number?
+) -> float:  # the value
     "`value` if it is a number in [low, high], else a `ParameterError`."
     kind = int if integer else (int, float)
     if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
-        raise ParameterError(f"{name} = {value!r} is not allowed; it must be {'a whole number' if integer else 'a number'} from {low} to {high}")
+        raise ParameterError(
+            f"{name} = {value!r} is not allowed; it must be {'a whole number' if integer else 'a number'} from {low} to {high}"
+        )
     return value
 
 # %% ../nbs/00_study.ipynb #1662913f
 def digest(
-    value: Any, # anything that JSON can hold
-    n: int = 10 # characters
-) -> str:       # hexadecimal
+    value: Any,  # anything that JSON can hold
+    n: int = 10,  # characters
+) -> str:  # hexadecimal
     "A short SHA-256 of a value's canonical JSON: key order does not matter."
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:n]
 
+
 def code_digest(
-    *modules: str # module names inside the package, such as "losses"
+    *modules: str,  # module names inside the package, such as "losses"
 ) -> str:
     "A short SHA-256 over the syntax trees of the named `wlsft` modules: comments and layout do not count."
     import wlsft
+
     files = [Path(wlsft.__file__).parent / f"{m}.py" for m in sorted(modules)]
     return hashlib.sha256("".join(_tree(f, f.stat().st_mtime_ns) for f in files).encode()).hexdigest()[:10]
+
 
 @functools.cache
 def _tree(path: Path, changed: int) -> str:
@@ -75,167 +89,292 @@ def _noted(items: Iterable, note: str, desc: str, total: int | None, more: int) 
         now = time.monotonic()
         if now - last > 2:
             left = round((now - start) / i * (total + more - i)) if i and total else None
-            with contextlib.suppress(OSError): write_json(note, dict(what=desc, done=i, total=total, left=left))
+            with contextlib.suppress(OSError):
+                write_json(note, dict(what=desc, done=i, total=total, left=left))
             last = now
         yield item
 
+
 def progress(
-    items: Iterable, # what to walk through
+    items: Iterable,  # what to walk through
     desc: str = "",  # a few words
-    more: int = 0,   # items that later walks will have, for the time left
-    **kwargs         # passed to tqdm (`total`, `unit`, ...)
+    more: int = 0,  # items that later walks will have, for the time left
+    **kwargs,  # passed to tqdm (`total`, `unit`, ...)
 ) -> Iterable:
     "tqdm's bar; silent under `nbdev_test`, pytest and the study's runner, which may have a note written instead."
     from tqdm.auto import tqdm
-    quiet, note = any(os.environ.get(v) for v in ("IN_TEST", "PYTEST_CURRENT_TEST", "WLSFT_QUIET")), os.environ.get("WLSFT_PROGRESS", "")
-    if quiet and note and os.environ.get("RANK", "0") == "0": return _noted(items, note, desc, kwargs.get("total", len(items) if isinstance(items, Sized) else None), more)
+
+    quiet, note = (
+        any(os.environ.get(v) for v in ("IN_TEST", "PYTEST_CURRENT_TEST", "WLSFT_QUIET")),
+        os.environ.get("WLSFT_PROGRESS", ""),
+    )
+    if quiet and note and os.environ.get("RANK", "0") == "0":
+        return _noted(
+            items, note, desc, kwargs.get("total", len(items) if isinstance(items, Sized) else None), more
+        )
     return tqdm(items, desc=desc, disable=quiet, leave=False, **kwargs)
 
 # %% ../nbs/00_study.ipynb #14a1d8f5
 def notebook_parameters(
-    path: str | Path # a notebook
-) -> dict[str, Any]: # name -> default
+    path: str | Path,  # a notebook
+) -> dict[str, Any]:  # name -> default
     "Names and defaults in the one cell tagged `parameters`; raises `ParameterError` if there is none, or more than one."
     import nbformat
-    cells = [c.source for c in nbformat.read(str(path), as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1: raise ParameterError(f"{path} has {len(cells)} cells tagged 'parameters'; papermill needs exactly one")
+
+    cells = [
+        c.source
+        for c in nbformat.read(str(path), as_version=4).cells
+        if "parameters" in c.metadata.get("tags", [])
+    ]
+    if len(cells) != 1:
+        raise ParameterError(
+            f"{path} has {len(cells)} cells tagged 'parameters'; papermill needs exactly one"
+        )
     found = {}
     for node in ast.parse(cells[0]).body:
-        if isinstance(node, ast.AnnAssign) and node.value: found[ast.unparse(node.target)] = ast.literal_eval(node.value)
-        elif isinstance(node, ast.Assign): found.update({ast.unparse(t): ast.literal_eval(node.value) for t in node.targets})
+        if isinstance(node, ast.AnnAssign) and node.value:
+            found[ast.unparse(node.target)] = ast.literal_eval(node.value)
+        elif isinstance(node, ast.Assign):
+            found.update({ast.unparse(t): ast.literal_eval(node.value) for t in node.targets})
     return found
 
+
 def check_parameters(
-    given: dict[str, Any],   # what the caller wants
-    defaults: dict[str, Any] # what the notebook has
-) -> dict[str, Any]:         # `given`, whole numbers widened to float where the default is one
+    given: dict[str, Any],  # what the caller wants
+    defaults: dict[str, Any],  # what the notebook has
+) -> dict[str, Any]:  # `given`, whole numbers widened to float where the default is one
     "Refuse an unknown name and a changed type."
     out = {}
     for name, value in given.items():
-        if name not in defaults: raise ParameterError(f"unknown parameter {name!r}; this notebook knows: {', '.join(defaults)}")
+        if name not in defaults:
+            raise ParameterError(f"unknown parameter {name!r}; this notebook knows: {', '.join(defaults)}")
         default = defaults[name]
-        if isinstance(default, float) and type(value) is int: value = float(value)
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
         if default is not None and type(value) is not type(default):
-            raise ParameterError(f"{name} = {value!r} is a {type(value).__name__}; it must be a {type(default).__name__} such as {default!r}")
+            raise ParameterError(
+                f"{name} = {value!r} is a {type(value).__name__}; it must be a {type(default).__name__} such as {default!r}"
+            )
         out[name] = value
     return out
 
 # %% ../nbs/00_study.ipynb #10d245b2
 _BIG = 1e9
-RANGES: dict[str, tuple[float, float]] = {                                 # name -> least and most; a whole number where the parameter is one
-    "alpha": (0, 1), "crop": (0.01, 1), "tolerance": (0, 1), "temperature": (1e-6, 1e6), "eps": (0, 2**0.5), "sigma": (1e-6, 1e6), "consistency": (0, 1e6), "l2": (0, 1e6),
-    "lr": (0, 10), "head_lr": (0, 10), "few_lr": (0, 10), "weight_decay": (0, 10), "seed": (0, 2**31 - 1), "k": (1, 100_000), "d": (1, 10_000), "n": (1, _BIG), "dim": (1, 65_536),
-    "size": (1, 16_384), "images": (0, _BIG), "batch_size": (1, 65_536), "micro": (0, 65_536), "memory": (1, 65_536), "rank": (4, 4096), "bank_size": (2, _BIG), "every": (1, 10_000),
-    "epochs": (1, 10_000), "distil_epochs": (0, 10_000), "dino_epochs": (0, 10_000), "steps": (1, 10_000), "few_steps": (0, 10_000), "strengths": (1, 1000), "draws": (1, 100_000),
-    "rounds": (1, 1000), "seeds": (1, 1000), "queries": (2, 200), "site": (0, 10_000), "blocks": (0, 10_000), "shots": (1, 100_000), "classes": (0, _BIG)}
+RANGES: dict[
+    str, tuple[float, float]
+] = {  # name -> least and most; a whole number where the parameter is one
+    "alpha": (0, 1),
+    "crop": (0.01, 1),
+    "tolerance": (0, 1),
+    "temperature": (1e-6, 1e6),
+    "eps": (0, 2**0.5),
+    "sigma": (1e-6, 1e6),
+    "consistency": (0, 1e6),
+    "l2": (0, 1e6),
+    "lr": (0, 10),
+    "head_lr": (0, 10),
+    "few_lr": (0, 10),
+    "weight_decay": (0, 10),
+    "seed": (0, 2**31 - 1),
+    "k": (1, 100_000),
+    "d": (1, 10_000),
+    "n": (1, _BIG),
+    "dim": (1, 65_536),
+    "size": (1, 16_384),
+    "images": (0, _BIG),
+    "batch_size": (1, 65_536),
+    "micro": (0, 65_536),
+    "memory": (1, 65_536),
+    "rank": (4, 4096),
+    "bank_size": (2, _BIG),
+    "every": (1, 10_000),
+    "epochs": (1, 10_000),
+    "distil_epochs": (0, 10_000),
+    "dino_epochs": (0, 10_000),
+    "steps": (1, 10_000),
+    "few_steps": (0, 10_000),
+    "strengths": (1, 1000),
+    "draws": (1, 100_000),
+    "rounds": (1, 1000),
+    "seeds": (1, 1000),
+    "queries": (2, 200),
+    "site": (0, 10_000),
+    "blocks": (0, 10_000),
+    "shots": (1, 100_000),
+    "classes": (0, _BIG),
+}
 
 # %% ../nbs/00_study.ipynb #16778256
-_TARGETS = ("out", "few_out", "runs", "scratch")                      # parameters that say where files go
+_TARGETS = ("out", "few_out", "runs", "scratch")  # parameters that say where files go
+
 
 def check_target(name: str, path: str) -> str:
     "`path` if a file or folder can be made there, else a `ParameterError`."
     place = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if os.path.exists(p))
     if not os.access(place, os.W_OK) or place != Path(path).absolute() and not place.is_dir():
-        raise ParameterError(f"{name} = {path!r} is not allowed; {place} {'cannot be written to' if place.is_dir() else 'is a file'}")
+        raise ParameterError(
+            f"{name} = {path!r} is not allowed; {place} {'cannot be written to' if place.is_dir() else 'is a file'}"
+        )
     return path
 
+
 def check_values(
-    values: dict[str, Any] # parameters, perhaps among other names, such as a notebook's `globals()`
+    values: dict[str, Any],  # parameters, perhaps among other names, such as a notebook's `globals()`
 ) -> None:
     "A `ParameterError` for the first value of another type than its annotation, or number (or item of a list) outside `RANGES`, or place that cannot be written to."
-    kinds = {k: t for k, t in values.get("__annotations__", {}).items() if isinstance(t, type) and k in values}
+    kinds = {
+        k: t for k, t in values.get("__annotations__", {}).items() if isinstance(t, type) and k in values
+    }
     check_parameters({k: values[k] for k in kinds}, {k: t() for k, t in kinds.items()})
     for name in RANGES.keys() & values.keys():
         value = values[name]
         for v in value if isinstance(value, list) else [value]:
-            if not isinstance(v, str): check_range(name, v, *RANGES[name], integer=isinstance(v, int) or isinstance(value, list))
+            if not isinstance(v, str):
+                check_range(name, v, *RANGES[name], integer=isinstance(v, int) or isinstance(value, list))
     for name in _TARGETS:
-        if isinstance(values.get(name), str) and values[name]: check_target(name, values[name])
+        if isinstance(values.get(name), str) and values[name]:
+            check_target(name, values[name])
 
 # %% ../nbs/00_study.ipynb #ac844b94
 def _lean(notebook: Path, given: Iterable[str]):
     "A chapter's definitions, parameters and cells tagged `work`; all of it if no cell is. Raises `ParameterError` for a given parameter that only other cells use."
     import nbformat
+
     nb = nbformat.read(notebook, as_version=4)
     tags = [set(c.metadata.get("tags", [])) for c in nb.cells]
-    if not any("work" in t for t in tags): return nb
+    if not any("work" in t for t in tags):
+        return nb
     keep = [c.source.startswith("#|") or bool(t & {"parameters", "work"}) for c, t in zip(nb.cells, tags)]
     for name in given:
-        users = {k for c, t, k in zip(nb.cells, tags, keep) if c.cell_type == "code" and "parameters" not in t and re.search(rf"\b{name}\b", c.source)}
-        if users == {False}: raise ParameterError(f"{name} is used only in cells that a lean run leaves out")
+        users = {
+            k
+            for c, t, k in zip(nb.cells, tags, keep)
+            if c.cell_type == "code" and "parameters" not in t and re.search(rf"\b{name}\b", c.source)
+        }
+        if users == {False}:
+            raise ParameterError(f"{name} is used only in cells that a lean run leaves out")
     nb.cells = [c for c, k in zip(nb.cells, keep) if k]
     return nb
 
 # %% ../nbs/00_study.ipynb #f2f61788
 def run_notebook(
-    notebook: str | Path,   # the chapter
-    output: str | Path,     # where the executed copy goes; not under the notebook's own folder
-    parameters: dict,       # checked against the notebook before anything runs
-    lean: bool = False      # leave out the cells that only show or test something
-) -> Path:                  # `output`
+    notebook: str | Path,  # the chapter
+    output: str | Path,  # where the executed copy goes; not under the notebook's own folder
+    parameters: dict,  # checked against the notebook before anything runs
+    lean: bool = False,  # leave out the cells that only show or test something
+) -> Path:  # `output`
     "Run a notebook through papermill, strictly; the executed copy appears whole, or as `*.failed.ipynb` beside its place."
     import papermill
+
     notebook, output = Path(notebook).resolve(), Path(output).resolve()
-    if not notebook.is_file(): raise FileNotFoundError(f"no notebook at {notebook}")
-    if output.is_relative_to(notebook.parent): raise ParameterError(f"output = {output} lies in the notebook folder; nbdev would export it")
+    if not notebook.is_file():
+        raise FileNotFoundError(f"no notebook at {notebook}")
+    if output.is_relative_to(notebook.parent):
+        raise ParameterError(f"output = {output} lies in the notebook folder; nbdev would export it")
     parameters = check_parameters(parameters, notebook_parameters(notebook))
     check_values(parameters)
     source = _lean(notebook, parameters) if lean else str(notebook)
     failed, note = output.with_suffix(".failed.ipynb"), output.with_suffix(".progress.json")
     os.environ.update(WLSFT_QUIET="1", WLSFT_PROGRESS=str(note))
     with only_one(output.with_suffix(".lock")):
-        try: papermill.execute_notebook(source, str(failed), parameters, cwd=str(Path.cwd()), progress_bar=False, kernel_name="python3")
-        finally: note.unlink(missing_ok=True)
+        try:
+            papermill.execute_notebook(
+                source,
+                str(failed),
+                parameters,
+                cwd=str(Path.cwd()),
+                progress_bar=False,
+                kernel_name="python3",
+            )
+        finally:
+            note.unlink(missing_ok=True)
         os.replace(failed, output)
     return output
 
 # %% ../nbs/00_study.ipynb #f0fba198
 def parse_value(
-    text: str # as typed
+    text: str,  # as typed
 ) -> Any:
     "A Python literal (`1e-5`, `[0, 1]`), else YAML's true, false and null, else the text itself."
-    try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): return {"true": True, "false": False, "null": None}.get(text, text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "null": None}.get(text, text)
+
 
 def main(
-    argv: list[str] | None = None # arguments; the command line's by default
+    argv: list[str] | None = None,  # arguments; the command line's by default
 ) -> None:
     "`wlsft-run NOTEBOOK OUTPUT [--lean] [-p NAME VALUE]...`: values as `parse_value` reads them."
     import argparse
-    parser = argparse.ArgumentParser("wlsft-run", description="Run a chapter with papermill; unknown parameters and changed types are refused.")
-    parser.add_argument("notebook"); parser.add_argument("output")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter")
-    parser.add_argument("--lean", action="store_true", help="leave out the cells that only show or test something")
+
+    parser = argparse.ArgumentParser(
+        "wlsft-run",
+        description="Run a chapter with papermill; unknown parameters and changed types are refused.",
+    )
+    parser.add_argument("notebook")
+    parser.add_argument("output")
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter"
+    )
+    parser.add_argument(
+        "--lean", action="store_true", help="leave out the cells that only show or test something"
+    )
     args = parser.parse_args(argv)
-    try: run_notebook(args.notebook, args.output, {k: parse_value(v) for k, v in args.p}, args.lean)
-    except (ParameterError, OSError) as e: sys.exit(f"wlsft-run: {e}")
+    try:
+        run_notebook(args.notebook, args.output, {k: parse_value(v) for k, v in args.p}, args.lean)
+    except (ParameterError, OSError) as e:
+        sys.exit(f"wlsft-run: {e}")
 
 # %% ../nbs/00_study.ipynb #4a37c3be
 def _read_study(path: Path) -> dict:
     "A study's file, read with the safe loader; what is no study is refused."
     import yaml
+
     if not path.is_file():
-        raise ParameterError(f"no study at {path}; there are: {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}")
-    try: spec = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError, RecursionError) as e: raise ParameterError(f"{path} cannot be read as YAML ({str(e).partition(chr(10))[0]})") from e
-    if not isinstance(spec, dict) or not isinstance(spec.get("runs"), list) or not all(isinstance(r, dict) for r in [spec.get("defaults") or {}, *spec["runs"]]):
-        raise ParameterError(f"{path} is not a study: it should have `runs`, a list of parameters by name, and perhaps `title` and `defaults`")
-    for name in spec: check_choice(f"section of {path}", name, ["title", "defaults", "runs"])
+        raise ParameterError(
+            f"no study at {path}; there are: {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}"
+        )
+    try:
+        spec = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise ParameterError(f"{path} cannot be read as YAML ({str(e).partition(chr(10))[0]})") from e
+    if (
+        not isinstance(spec, dict)
+        or not isinstance(spec.get("runs"), list)
+        or not all(isinstance(r, dict) for r in [spec.get("defaults") or {}, *spec["runs"]])
+    ):
+        raise ParameterError(
+            f"{path} is not a study: it should have `runs`, a list of parameters by name, and perhaps `title` and `defaults`"
+        )
+    for name in spec:
+        check_choice(f"section of {path}", name, ["title", "defaults", "runs"])
     return spec
 
+
 def expand_study(
-    path: str | Path, # a YAML file of `nbs/studies`
-    seeds: int = 1,   # seeds 0 .. seeds-1 of every run that does not set its own
-    everywhere: dict = {} # parameters set in every run, over the file's
-) -> list[dict]:      # parameters of each run, without repeats
+    path: str | Path,  # a YAML file of `nbs/studies`
+    seeds: int = 1,  # seeds 0 .. seeds-1 of every run that does not set its own
+    everywhere: dict = {},  # parameters set in every run, over the file's
+) -> list[dict]:  # parameters of each run, without repeats
     "Every run that a study asks for. YAML is read with the safe loader; unknown sections are refused."
     import itertools
+
     spec, out = _read_study(Path(path)), []
     for run in spec["runs"]:
         keys = [k for k, v in run.items() if isinstance(v, list)]
         for values in itertools.product(*(run[k] for k in keys)):
             for seed in range(seeds):
-                p = {**(spec.get("defaults") or {}), "seed": seed, **run, **dict(zip(keys, values)), **everywhere}
-                p = {k: parse_value(v) if isinstance(v, str) else v for k, v in p.items()}      # YAML takes 3e-4 for text
-                if p not in out: out.append(p)
+                p = {
+                    **(spec.get("defaults") or {}),
+                    "seed": seed,
+                    **run,
+                    **dict(zip(keys, values)),
+                    **everywhere,
+                }
+                p = {
+                    k: parse_value(v) if isinstance(v, str) else v for k, v in p.items()
+                }  # YAML takes 3e-4 for text
+                if p not in out:
+                    out.append(p)
     return out

@@ -27,36 +27,55 @@ from .study import check_choice, digest
 @dataclass(frozen=True)
 class Part:
     "A labelled set on disk."
+
     source: Source
-    labels: np.ndarray                # int (N,): classes of the suite; -1: not asked
-    view: np.ndarray | None = None    # int (C,): what each class of the suite is to this set, -1: nothing; None: all as they are
-    train: "Part | None" = None       # its own training split
-    groups: Sequence[str] | None = None # images of one group are not independent; None: all are
+    labels: np.ndarray  # int (N,): classes of the suite; -1: not asked
+    view: np.ndarray | None = (
+        None  # int (C,): what each class of the suite is to this set, -1: nothing; None: all as they are
+    )
+    train: "Part | None" = None  # its own training split
+    groups: Sequence[str] | None = None  # images of one group are not independent; None: all are
+
 
 def tree(folder: Path, label: dict[str, int], border: int = 0, train: "Part | None" = None) -> Part:
     "A folder of class folders; its view is the classes it has. Raises `DataError` for a folder that `label` lacks."
     found = class_files(folder)
     strange = sorted(found.keys() - label.keys())
-    if strange: raise DataError(f"{folder} has folders that are no classes here: {strange[:3]}")
+    if strange:
+        raise DataError(f"{folder} has folders that are no classes here: {strange[:3]}")
     labels = np.repeat([label[c] for c in found], [len(f) for f in found.values()])
-    view = np.where(np.isin(np.arange(max(label.values()) + 1), labels), np.arange(max(label.values()) + 1), -1)
+    view = np.where(
+        np.isin(np.arange(max(label.values()) + 1), labels), np.arange(max(label.values()) + 1), -1
+    )
     return Part(Paths([f for files in found.values() for f in files], border), labels, view, train)
+
 
 def held_out(labels: np.ndarray) -> np.ndarray:
     "Rows that are ID validation (`is_validation`), each class in the order its images come."
     own = pd.Series(labels).groupby(labels)
-    return np.array([i for i, (turn, n, y) in enumerate(zip(own.cumcount(), own.transform("size"), labels)) if y >= 0 and is_validation(turn, n)], np.int64)
+    return np.array(
+        [
+            i
+            for i, (turn, n, y) in enumerate(zip(own.cumcount(), own.transform("size"), labels))
+            if y >= 0 and is_validation(turn, n)
+        ],
+        np.int64,
+    )
 
 # %% ../nbs/00_suites.ipynb #e2af4b9e
 def assemble(
-    name: str, classes: list[str],       # of the suite; class names as they are read
-    bank: Part, parts: dict[str, Part],  # ID training images; `id-test`, perhaps `id-val`, and the OOD sets
-    size: int, crop: float = 0.875       # of decoded images
+    name: str,
+    classes: list[str],  # of the suite; class names as they are read
+    bank: Part,
+    parts: dict[str, Part],  # ID training images; `id-test`, perhaps `id-val`, and the OOD sets
+    size: int,
+    crop: float = 0.875,  # of decoded images
 ) -> Suite:
     "One suite over the files of all parts. Raises `DataError` for a set without images, or without neighbours."
     files: ImageFiles | None = None
     labels: list[np.ndarray] = []
     groups: list[str] = []
+
     def add(part: Part) -> torch.Tensor:
         nonlocal files
         more, first = ImageFiles.of(part.source, size, crop), sum(len(y) for y in labels)
@@ -64,18 +83,25 @@ def assemble(
         labels.append(np.asarray(part.labels, np.int64))
         groups.extend(part.groups if part.groups is not None else map(str, range(first, first + len(more))))
         return torch.from_numpy(np.flatnonzero(labels[-1] >= 0) + first)
+
     base = add(bank)
     sets = {"id-val": torch.from_numpy(held_out(bank.labels))} if "id-val" not in parts else {}
     sets |= {s: add(p) for s, p in parts.items()}
     rows = {s: add(p.train) for s, p in parts.items() if p.train is not None}
     every = torch.from_numpy(np.concatenate(labels))
     view = {s: torch.from_numpy(np.asarray(p.view, np.int64)) for s, p in parts.items() if p.view is not None}
-    inside = lambda at, s: at[view[s][every[at]] >= 0] if s in view else at
+
+    def inside(at, s):
+        return at[view[s][every[at]] >= 0] if s in view else at
+
     sets, banks = {s: inside(q, s) for s, q in sets.items()}, {"id": {s: inside(base, s) for s in sets}}
-    if rows: banks["own"] = {s: inside(at, s) for s, at in rows.items()}
+    if rows:
+        banks["own"] = {s: inside(at, s) for s, at in rows.items()}
     for s in sets:
-        if not len(sets[s]): raise DataError(f"set {s} of suite {name} has no image of its classes")
-        if not len(banks["id"][s]): raise DataError(f"the ID training images of suite {name} have no class of set {s}")
+        if not len(sets[s]):
+            raise DataError(f"set {s} of suite {name} has no image of its classes")
+        if not len(banks["id"][s]):
+            raise DataError(f"the ID training images of suite {name} have no class of set {s}")
     shift = {s: "ID" if s.startswith("id-") else "OOD" for s in sets}
     assert files is not None
     return Suite(name, files, every, np.array(groups), classes, sets, shift, banks, view)
@@ -83,156 +109,345 @@ def assemble(
 # %% ../nbs/00_suites.ipynb #a4253f57
 def _imagenet(root: Path, objectnet: bool = False) -> tuple:
     from open_clip import IMAGENET_CLASSNAMES
+
     label = {w: i for i, w in enumerate(imagenet_ids())}
     bank = tree(root / "imagenet/train", label)
-    parts = {"id-test": tree(root / "imagenet/val", label),
-             "imagenet-v2": tree(root / "imagenetv2-matched-frequency-format-val", {str(i): i for i in range(1000)}),
-             "imagenet-r": tree(root / "imagenet-r", label), "imagenet-a": tree(root / "imagenet-a", label), "imagenet-sketch": tree(root / "sketch", label)}
-    if objectnet: parts["objectnet"] = objectnet_part(root / "objectnet-1.0")
+    parts = {
+        "id-test": tree(root / "imagenet/val", label),
+        "imagenet-v2": tree(
+            root / "imagenetv2-matched-frequency-format-val", {str(i): i for i in range(1000)}
+        ),
+        "imagenet-r": tree(root / "imagenet-r", label),
+        "imagenet-a": tree(root / "imagenet-a", label),
+        "imagenet-sketch": tree(root / "sketch", label),
+    }
+    if objectnet:
+        parts["objectnet"] = objectnet_part(root / "objectnet-1.0")
     return list(IMAGENET_CLASSNAMES), bank, parts
+
 
 def objectnet_part(root: Path) -> Part:
     "ObjectNet's images of ImageNet's classes, without the border; the first ImageNet class of an ObjectNet class stands for all of them."
     maps = root / "mappings"
     try:
-        said = {f: json.loads((maps / f"{f}.json").read_text()) for f in ("folder_to_objectnet_label", "objectnet_to_imagenet_1k", "pytorch_to_imagenet_2012_id")}
+        said = {
+            f: json.loads((maps / f"{f}.json").read_text())
+            for f in ("folder_to_objectnet_label", "objectnet_to_imagenet_1k", "pytorch_to_imagenet_2012_id")
+        }
         names = [line.strip() for line in (maps / "imagenet_to_label_2012_v2").read_text().splitlines()]
         place = {names[int(v)]: int(k) for k, v in said["pytorch_to_imagenet_2012_id"].items()}
-        ours = {o: [place[n] for n in text.split("; ")] for o, text in said["objectnet_to_imagenet_1k"].items()}
-    except (OSError, ValueError, KeyError, IndexError) as e: raise DataError(f"{maps} lacks ObjectNet's own maps to ImageNet ({type(e).__name__}: {e})") from e
+        ours = {
+            o: [place[n] for n in text.split("; ")] for o, text in said["objectnet_to_imagenet_1k"].items()
+        }
+    except (OSError, ValueError, KeyError, IndexError) as e:
+        raise DataError(f"{maps} lacks ObjectNet's own maps to ImageNet ({type(e).__name__}: {e})") from e
     found, view, paths, labels = class_files(root / "images"), np.full(1000, -1), [], []
     for folder, files in found.items():
         mine = ours.get(said["folder_to_objectnet_label"].get(folder), [])
-        if not mine: continue
+        if not mine:
+            continue
         view[mine] = mine[0]
-        paths += files; labels += [mine[0]] * len(files)
+        paths += files
+        labels += [mine[0]] * len(files)
     return Part(Paths(paths, border=2), np.array(labels, np.int64), view)
 
 # %% ../nbs/00_suites.ipynb #1a20da53
-STL_TO_CIFAR = np.array([0, 2, 1, 3, 4, 5, 7, -1, 8, 9])     # airplane bird car cat deer dog horse monkey ship truck
+STL_TO_CIFAR = np.array(
+    [0, 2, 1, 3, 4, 5, 7, -1, 8, 9]
+)  # airplane bird car cat deer dog horse monkey ship truck
+
 
 def _cifar10(root: Path) -> tuple:
     from torchvision.datasets import CIFAR10, STL10
-    load = lambda kind, *args, **kw: _asked(lambda: kind(str(root), *args, **kw), f"{root} for torchvision's {kind.__name__}")
-    train, test, stl, stl_train = load(CIFAR10, train=True), load(CIFAR10, train=False), load(STL10, split="test"), load(STL10, split="train")
-    files = {k: _asked(lambda k=k: np.load(root / f"cifar10.1_v6_{k}.npy"), f"{root}/cifar10.1_v6_{k}.npy") for k in ("data", "labels")}
-    part = lambda d, labels, **kw: Part(Items(d, type(d).__name__), np.asarray(labels), **kw)
+
+    def load(kind, *args, **kw):
+        return _asked(lambda: kind(str(root), *args, **kw), f"{root} for torchvision's {kind.__name__}")
+
+    train, test, stl, stl_train = (
+        load(CIFAR10, train=True),
+        load(CIFAR10, train=False),
+        load(STL10, split="test"),
+        load(STL10, split="train"),
+    )
+    files = {
+        k: _asked(lambda k=k: np.load(root / f"cifar10.1_v6_{k}.npy"), f"{root}/cifar10.1_v6_{k}.npy")
+        for k in ("data", "labels")
+    }
+
+    def part(d, labels, **kw):
+        return Part(Items(d, type(d).__name__), np.asarray(labels), **kw)
+
     no_frog = np.where(np.arange(10) == 6, -1, np.arange(10))
-    parts = {"id-test": part(test, test.targets), "cifar10.1": Part(Items([Image.fromarray(x) for x in files["data"]], "CIFAR-10.1"), files["labels"].astype(int)),
-             "stl10": part(stl, STL_TO_CIFAR[stl.labels], view=no_frog, train=part(stl_train, STL_TO_CIFAR[stl_train.labels]))}
+    parts = {
+        "id-test": part(test, test.targets),
+        "cifar10.1": Part(
+            Items([Image.fromarray(x) for x in files["data"]], "CIFAR-10.1"), files["labels"].astype(int)
+        ),
+        "stl10": part(
+            stl, STL_TO_CIFAR[stl.labels], view=no_frog, train=part(stl_train, STL_TO_CIFAR[stl_train.labels])
+        ),
+    }
     return train.classes, part(train, train.targets), parts
+
 
 def _asked(read: Callable, expected: str):
     "What `read` gives. Raises `DataError` saying what was expected if it fails."
-    try: return read()
-    except Exception as e: raise DataError(f"expected {expected} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from e
+    try:
+        return read()
+    except Exception as e:
+        raise DataError(
+            f"expected {expected} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
+        ) from e
 
 # %% ../nbs/00_suites.ipynb #f3104259
 def _domainnet(root: Path, few: bool = False) -> tuple:
     base = root / "domainnet"
-    lines = lambda f: _asked(lambda: [l.rsplit(" ", 1) for l in (base / f).read_text().splitlines() if l.strip()], f"{base}/{f} with lines such as sketch/axe/sketch_014_000001.jpg 14")
+
+    def lines(f):
+        return _asked(
+            lambda: [l.rsplit(" ", 1) for l in (base / f).read_text().splitlines() if l.strip()],
+            f"{base}/{f} with lines such as sketch/axe/sketch_014_000001.jpg 14",
+        )
+
     names = {int(y): Path(p).parent.name for p, y in lines("sketch_train.txt")}
-    keep = sorted(set(_asked(lambda: (base / "classes40.txt").read_text().split(), f"{base}/classes40.txt, one class a line")) & set(names.values())) if few else [names[y] for y in sorted(names)]
+    keep = (
+        sorted(
+            set(
+                _asked(
+                    lambda: (base / "classes40.txt").read_text().split(),
+                    f"{base}/classes40.txt, one class a line",
+                )
+            )
+            & set(names.values())
+        )
+        if few
+        else [names[y] for y in sorted(names)]
+    )
     place = {n: i for i, n in enumerate(keep)}
+
     def part(domain: str, split: str, **kw) -> Part:
         rows = lines(f"{domain}_{split}.txt")
-        return Part(Paths([within(base, p) for p, _ in rows]), np.array([place.get(names.get(int(y)), -1) for _, y in rows]), **kw)
+        return Part(
+            Paths([within(base, p) for p, _ in rows]),
+            np.array([place.get(names.get(int(y)), -1) for _, y in rows]),
+            **kw,
+        )
+
     both = {d: part(d, "test", train=part(d, "train")) for d in ("real", "clipart", "painting")}
-    return [k.replace("_", " ") for k in keep], part("sketch", "train"), {"id-test": part("sketch", "test"), **both}
+    return (
+        [k.replace("_", " ") for k in keep],
+        part("sketch", "train"),
+        {"id-test": part("sketch", "test"), **both},
+    )
 
 # %% ../nbs/00_suites.ipynb #c0f64eb9
 def _breeds(root: Path, which: str) -> tuple:
-    split = _asked(lambda: json.loads((root / f"breeds/{which}.json").read_text()), f'{root}/breeds/{which}.json: {{"superclass": [[ID WordNet numbers], [OOD ones]], ...}}')
+    split = _asked(
+        lambda: json.loads((root / f"breeds/{which}.json").read_text()),
+        f'{root}/breeds/{which}.json: {{"superclass": [[ID WordNet numbers], [OOD ones]], ...}}',
+    )
+
     def part(folder: str, side: int) -> Part:
-        label, found = {w: i for i, sides in enumerate(split.values()) for w in sides[side]}, class_files(root / "imagenet" / folder)
+        label, found = (
+            {w: i for i, sides in enumerate(split.values()) for w in sides[side]},
+            class_files(root / "imagenet" / folder),
+        )
         gone = sorted(label.keys() - found.keys())
-        if gone: raise DataError(f"{root / 'imagenet' / folder} lacks {gone[:3]} of {which}")
-        return Part(Paths([f for w in label for f in found[w]]), np.repeat(list(label.values()), [len(found[w]) for w in label]))
-    return list(split), part("train", 0), {"id-test": part("val", 0), which: Part(**{**vars(part("val", 1)), "train": part("train", 1)})}
+        if gone:
+            raise DataError(f"{root / 'imagenet' / folder} lacks {gone[:3]} of {which}")
+        return Part(
+            Paths([f for w in label for f in found[w]]),
+            np.repeat(list(label.values()), [len(found[w]) for w in label]),
+        )
+
+    return (
+        list(split),
+        part("train", 0),
+        {"id-test": part("val", 0), which: Part(**{**vars(part("val", 1)), "train": part("train", 1)})},
+    )
 
 # %% ../nbs/00_suites.ipynb #094a4623
 def _iwildcam(root: Path) -> tuple:
     base = root / "iwildcam_v2.0"
-    t = _asked(lambda: pd.read_csv(base / "metadata.csv", dtype=dict(filename=str, split=str)), f"{base}/metadata.csv with columns filename, split, y, location_remapped")
-    names = _asked(lambda: pd.read_csv(base / "categories.csv").set_index("y").name.sort_index().tolist(), f"{base}/categories.csv with columns y, name")
+    t = _asked(
+        lambda: pd.read_csv(base / "metadata.csv", dtype=dict(filename=str, split=str)),
+        f"{base}/metadata.csv with columns filename, split, y, location_remapped",
+    )
+    names = _asked(
+        lambda: pd.read_csv(base / "categories.csv").set_index("y").name.sort_index().tolist(),
+        f"{base}/categories.csv with columns y, name",
+    )
+
     def part(split: str) -> Part:
         d = t[t.split == split]
-        return Part(Paths([within(base / "train", f) for f in d.filename]), d.y.to_numpy(np.int64), groups=d.location_remapped.astype(str).tolist())
-    return names, part("train"), {"id-val": part("id_val"), "id-test": part("id_test"), "iwildcam-ood": part("test")}
+        return Part(
+            Paths([within(base / "train", f) for f in d.filename]),
+            d.y.to_numpy(np.int64),
+            groups=d.location_remapped.astype(str).tolist(),
+        )
+
+    return (
+        names,
+        part("train"),
+        {"id-val": part("id_val"), "id-test": part("id_test"), "iwildcam-ood": part("test")},
+    )
+
 
 def _fmow(root: Path) -> tuple:
     base = root / "fmow_v1.1"
-    t = _asked(lambda: pd.read_csv(base / "rgb_metadata.csv"), f"{base}/rgb_metadata.csv with columns split, category, country_code, timestamp")
-    year, names = pd.to_datetime(t.timestamp, utc=True, format="ISO8601").dt.year, sorted(t.category[t.split != "seq"].unique())
+    t = _asked(
+        lambda: pd.read_csv(base / "rgb_metadata.csv"),
+        f"{base}/rgb_metadata.csv with columns split, category, country_code, timestamp",
+    )
+    year, names = (
+        pd.to_datetime(t.timestamp, utc=True, format="ISO8601").dt.year,
+        sorted(t.category[t.split != "seq"].unique()),
+    )
+
     def part(split: str, years: range) -> Part:
         d = t[(t.split == split) & year.isin(years)]
-        return Part(Paths([base / f"images/rgb_img_{i}.png" for i in d.index]), d.category.map(names.index).to_numpy(np.int64), groups=d.country_code.astype(str).tolist())
+        return Part(
+            Paths([base / f"images/rgb_img_{i}.png" for i in d.index]),
+            d.category.map(names.index).to_numpy(np.int64),
+            groups=d.country_code.astype(str).tolist(),
+        )
+
     old, late = range(2002, 2013), range(2016, 2018)
-    return [n.replace("_", " ") for n in names], part("train", old), {"id-val": part("val", old), "id-test": part("test", old), "fmow-ood": part("test", late)}
+    return (
+        [n.replace("_", " ") for n in names],
+        part("train", old),
+        {"id-val": part("val", old), "id-test": part("test", old), "fmow-ood": part("test", late)},
+    )
 
 # %% ../nbs/00_suites.ipynb #668d6079
 def _torchvision(root: Path, kind: str, splits: dict[str, str]) -> tuple:
     import torchvision.datasets as d
-    load = lambda split: _asked(lambda: getattr(d, kind)(str(root), split=split), f"{root} for torchvision's {kind}")
+
+    def load(split):
+        return _asked(lambda: getattr(d, kind)(str(root), split=split), f"{root} for torchvision's {kind}")
+
     own, names = {s: load(v) for s, v in splits.items()}, None
-    labels = lambda x: np.array(x._labels if hasattr(x, "_labels") else [y for _, y in x._samples])
+
+    def labels(x):
+        return np.array(x._labels if hasattr(x, "_labels") else [y for _, y in x._samples])
+
     names = getattr(own["train"], "classes", None) or [str(i) for i in range(labels(own["train"]).max() + 1)]
     parts = {s: Part(Items(x, f"{kind} {s}"), labels(x)) for s, x in own.items()}
     return list(names), parts.pop("train"), {f"id-{s}": p for s, p in parts.items()}
 
+
 def _caltech101(root: Path) -> tuple:
     from torchvision.datasets import Caltech101
-    d = _asked(lambda: Caltech101(str(root)), f"{root}/caltech101/101_ObjectCategories for torchvision's Caltech101")
-    y, place = np.array(d.y), np.random.default_rng(0).permutation(len(d.y)) % 5          # 60 / 20 / 20, seeded
-    part = lambda which: Part(Items(d, "Caltech101"), np.where(np.isin(place, which), y, -1))
+
+    d = _asked(
+        lambda: Caltech101(str(root)), f"{root}/caltech101/101_ObjectCategories for torchvision's Caltech101"
+    )
+    y, place = np.array(d.y), np.random.default_rng(0).permutation(len(d.y)) % 5  # 60 / 20 / 20, seeded
+
+    def part(which):
+        return Part(Items(d, "Caltech101"), np.where(np.isin(place, which), y, -1))
+
     return d.categories, part([0, 1, 2]), {"id-val": part([3]), "id-test": part([4])}
+
 
 def _pcam(root: Path) -> tuple:
     from torchvision.datasets import PCAM
     import h5py
+
     def part(split: str) -> Part:
-        d = _asked(lambda: PCAM(str(root), split=split), f"{root}/pcam/camelyonpatch_level_2_split_*.h5 for torchvision's PCAM")
-        with h5py.File(root / "pcam" / d._FILES[split]["targets"][0]) as f: return Part(Items(d, f"PCAM {split}"), f["y"][:].reshape(-1).astype(np.int64))
-    return ["lymph node", "lymph node with metastatic tissue"], part("train"), {"id-val": part("val"), "id-test": part("test")}
+        d = _asked(
+            lambda: PCAM(str(root), split=split),
+            f"{root}/pcam/camelyonpatch_level_2_split_*.h5 for torchvision's PCAM",
+        )
+        with h5py.File(root / "pcam" / d._FILES[split]["targets"][0]) as f:
+            return Part(Items(d, f"PCAM {split}"), f["y"][:].reshape(-1).astype(np.int64))
+
+    return (
+        ["lymph node", "lymph node with metastatic tissue"],
+        part("train"),
+        {"id-val": part("val"), "id-test": part("test")},
+    )
 
 # %% ../nbs/00_suites.ipynb #82843623
 def _own(folder: Path) -> tuple:
     label = {c: i for i, c in enumerate(class_files(folder / "train"))}
-    parts = {p.name: tree(p, label) for p in sorted(folder.iterdir()) if p.is_dir() and p.name != "train" and not p.name.startswith(".")}
+    parts = {
+        p.name: tree(p, label)
+        for p in sorted(folder.iterdir())
+        if p.is_dir() and p.name != "train" and not p.name.startswith(".")
+    }
     if "id-test" not in parts or not any(not s.startswith("id-") for s in parts):
-        raise DataError(f"{folder} has {sorted(parts) or 'no sets'} beside train; expected: {folder}/id-test/CLASS/*.jpg and at least one more folder, out of distribution")
+        raise DataError(
+            f"{folder} has {sorted(parts) or 'no sets'} beside train; expected: {folder}/id-test/CLASS/*.jpg and at least one more folder, out of distribution"
+        )
     return [c.replace("_", " ") for c in label], tree(folder / "train", label), parts
 
 # %% ../nbs/00_suites.ipynb #1c3a8842
-SUITES = {"imagenet": _imagenet, "imagenet-objectnet": lambda r: _imagenet(r, True), "cifar10": _cifar10, "domainnet": _domainnet, "domainnet40": lambda r: _domainnet(r, True),
-          "living17": lambda r: _breeds(r, "living17"), "entity30": lambda r: _breeds(r, "entity30"), "iwildcam": _iwildcam, "fmow": _fmow, "caltech101": _caltech101,
-          "cars": lambda r: _torchvision(r, "StanfordCars", dict(train="train", test="test")), "flowers102": lambda r: _torchvision(r, "Flowers102", dict(train="train", val="val", test="test")),
-          "rendered-sst2": lambda r: _torchvision(r, "RenderedSST2", dict(train="train", val="val", test="test")), "pcam": _pcam}
-SIZES = {("imagenet", "bank"): 1_281_167, ("imagenet", "id-test"): 50_000, ("imagenet", "imagenet-v2"): 10_000, ("imagenet", "imagenet-r"): 30_000, ("imagenet", "imagenet-a"): 7_500,
-         ("imagenet", "imagenet-sketch"): 50_889, ("cifar10", "bank"): 50_000, ("cifar10", "id-test"): 10_000, ("cifar10", "cifar10.1"): 2_000, ("cifar10", "stl10"): 8_000}
+SUITES = {
+    "imagenet": _imagenet,
+    "imagenet-objectnet": lambda r: _imagenet(r, True),
+    "cifar10": _cifar10,
+    "domainnet": _domainnet,
+    "domainnet40": lambda r: _domainnet(r, True),
+    "living17": lambda r: _breeds(r, "living17"),
+    "entity30": lambda r: _breeds(r, "entity30"),
+    "iwildcam": _iwildcam,
+    "fmow": _fmow,
+    "caltech101": _caltech101,
+    "cars": lambda r: _torchvision(r, "StanfordCars", dict(train="train", test="test")),
+    "flowers102": lambda r: _torchvision(r, "Flowers102", dict(train="train", val="val", test="test")),
+    "rendered-sst2": lambda r: _torchvision(r, "RenderedSST2", dict(train="train", val="val", test="test")),
+    "pcam": _pcam,
+}
+SIZES = {
+    ("imagenet", "bank"): 1_281_167,
+    ("imagenet", "id-test"): 50_000,
+    ("imagenet", "imagenet-v2"): 10_000,
+    ("imagenet", "imagenet-r"): 30_000,
+    ("imagenet", "imagenet-a"): 7_500,
+    ("imagenet", "imagenet-sketch"): 50_889,
+    ("cifar10", "bank"): 50_000,
+    ("cifar10", "id-test"): 10_000,
+    ("cifar10", "cifar10.1"): 2_000,
+    ("cifar10", "stl10"): 8_000,
+}
 
 # %% ../nbs/00_suites.ipynb #74a74d87
 def canary(part: Part) -> dict:
     "Length, number of classes, and a hash of the sorted names (the last two steps of each path) with their labels."
     rows = sorted(f"{'/'.join(Path(part.source.name(i)).parts[-2:])} {y}" for i, y in enumerate(part.labels))
-    return dict(n=len(rows), classes=len(set(part.labels[part.labels >= 0].tolist())), sha256=hashlib.sha256("\n".join(rows).encode()).hexdigest())
+    return dict(
+        n=len(rows),
+        classes=len(set(part.labels[part.labels >= 0].tolist())),
+        sha256=hashlib.sha256("\n".join(rows).encode()).hexdigest(),
+    )
+
 
 def check_suite(suite: str) -> None:
     "Refuse a name that is neither a suite nor NAME=FOLDER."
-    if not is_own(suite): check_choice("suite", suite, ["emojishift", *SUITES, "or NAME=FOLDER"])
+    if not is_own(suite):
+        check_choice("suite", suite, ["emojishift", *SUITES, "or NAME=FOLDER"])
+
 
 def suite_stamp(suite: str, root: str | Path = "") -> str:
     "A hash of the names and sizes of all files of one's own folder, or of a suite's pin; empty where there is none."
-    if not is_own(suite): return digest(pin.read_text()) if (pin := data_folder(root) / f"canaries/{suite}.json").is_file() else ""
+    if not is_own(suite):
+        return (
+            digest(pin.read_text()) if (pin := data_folder(root) / f"canaries/{suite}.json").is_file() else ""
+        )
     base = Path(suite.partition("=")[2])
-    if not base.is_dir(): raise DataError(f"suite {suite} is not there; expected: a folder with train, id-test and others")
-    return digest(sorted((str(f.relative_to(base)), f.stat().st_size) for f in base.rglob("*") if f.is_file()))
+    if not base.is_dir():
+        raise DataError(f"suite {suite} is not there; expected: a folder with train, id-test and others")
+    return digest(
+        sorted((str(f.relative_to(base)), f.stat().st_size) for f in base.rglob("*") if f.is_file())
+    )
 
 # %% ../nbs/00_suites.ipynb #590bdc95
 def _built(name: str, root: Path) -> tuple[list[str], Part, dict[str, Part], dict]:
     check_suite(name)
     classes, bank, parts = _own(Path(name.partition("=")[2])) if is_own(name) else SUITES[name](root)
     return classes, bank, parts, {s: canary(p) for s, p in {"bank": bank, **parts}.items()}
+
 
 def pin_suite(name: str, root: str | Path) -> dict:
     "Write `canaries/NAME.json` into the data folder: from now on this copy is the right one."
@@ -242,11 +457,14 @@ def pin_suite(name: str, root: str | Path) -> dict:
 
 # %% ../nbs/00_suites.ipynb #0637664a
 def load_suite(
-    name: str, root: str | Path = "",    # `emojishift`, one of `SUITES`, or NAME=FOLDER of one's own; see `data_folder`
-    size: int = 224, crop: float = 0.875 # of decoded images: the encoder's input and `crop_pct`
+    name: str,
+    root: str | Path = "",  # `emojishift`, one of `SUITES`, or NAME=FOLDER of one's own; see `data_folder`
+    size: int = 224,
+    crop: float = 0.875,  # of decoded images: the encoder's input and `crop_pct`
 ) -> Suite:
     "A suite by name. Raises `DataError` for missing files, saying what was expected, and for another copy than the pinned or published one."
-    if name == "emojishift": return emojishift_suite(load_emojishift(root))
+    if name == "emojishift":
+        return emojishift_suite(load_emojishift(root))
     folder = data_folder(root)
     classes, bank, parts, have = _built(name, folder)
     name = name.partition("=")[0]
@@ -254,21 +472,34 @@ def load_suite(
     if pin.is_file():
         want = json.loads(pin.read_text())
         bad = [s for s in {**want, **have} if want.get(s) != have.get(s)]
-        if bad: raise DataError(f"{bad[0]} of suite {name} is not the copy that was pinned: expected {want.get(bad[0])}, found {have.get(bad[0])}")
+        if bad:
+            raise DataError(
+                f"{bad[0]} of suite {name} is not the copy that was pinned: expected {want.get(bad[0])}, found {have.get(bad[0])}"
+            )
     else:
-        bad = [s for s in have if SIZES.get((name.removesuffix("-objectnet"), s), have[s]["n"]) != have[s]["n"]]
-        if bad: raise DataError(f"{bad[0]} of suite {name} has {have[bad[0]]['n']} images, published are {SIZES[name.removesuffix('-objectnet'), bad[0]]}; if that is meant, pin it: wlsft.suites.pin_suite({name!r}, {str(folder)!r})")
+        bad = [
+            s for s in have if SIZES.get((name.removesuffix("-objectnet"), s), have[s]["n"]) != have[s]["n"]
+        ]
+        if bad:
+            raise DataError(
+                f"{bad[0]} of suite {name} has {have[bad[0]]['n']} images, published are {SIZES[name.removesuffix('-objectnet'), bad[0]]}; if that is meant, pin it: wlsft.suites.pin_suite({name!r}, {str(folder)!r})"
+            )
     return assemble(name, classes, bank, parts, size, crop)
 
 # %% ../nbs/00_suites.ipynb #d9bb661c
 def load_training(
-    name: str, encoder: Encoder, root: str | Path = ""         # see `load_suite`; whose input size and crop are taken; see `data_folder`
-) -> tuple[Suite, torch.Tensor, torch.Tensor | ImageFiles, dict]: # the suite; training rows; their images; options of `random_views`
+    name: str,
+    encoder: Encoder,
+    root: str | Path = "",  # see `load_suite`; whose input size and crop are taken; see `data_folder`
+) -> tuple[
+    Suite, torch.Tensor, torch.Tensor | ImageFiles, dict
+]:  # the suite; training rows; their images; options of `random_views`
     "A suite as an encoder wants it, and what a classifier may be trained on."
     cfg = encoder.pretrained_cfg
     suite = load_suite(name, root, cfg["input_size"][-1], cfg["crop_pct"])
     rows = suite.banks["id"]["id-test"]
     rows = rows[~torch.isin(rows, suite.sets["id-val"])]
     images = suite.images[rows]
-    if isinstance(images, ImageFiles): images = replace(images, size=round(images.size / 0.875), crop=1.0)
+    if isinstance(images, ImageFiles):
+        images = replace(images, size=round(images.size / 0.875), crop=1.0)
     return suite, rows, images, {} if name == "emojishift" else PHOTOS

@@ -16,15 +16,18 @@ from scipy.integrate import solve_ivp
 @dataclass(frozen=True)
 class Problem:
     "One draw of the linear setting: inputs, the true and the pretrained features, the true head."
-    x: np.ndarray       # (n, d), rows from N(0, I)
+
+    x: np.ndarray  # (n, d), rows from N(0, I)
     b_star: np.ndarray  # (k, d), orthonormal rows
-    b_0: np.ndarray     # (k, d), orthonormal rows at distance eps from `b_star`
+    b_0: np.ndarray  # (k, d), orthonormal rows at distance eps from `b_star`
     v_star: np.ndarray  # (k,), of length 1
-    eps: float          # pretraining error
+    eps: float  # pretraining error
+
     @property
     def w_star(self) -> np.ndarray:
         "The true predictor, `(d,)`."
         return self.b_star.T @ self.v_star
+
     @property
     def s(self) -> np.ndarray:
         "An orthonormal basis of the inputs' row space, `(n, d)`."
@@ -32,13 +35,17 @@ class Problem:
 
 # %% ../nbs/08_theory.ipynb #231b6219
 def make_problem(
-    d: int, n: int, k: int, # 1 <= k < n < d - k
-    eps: float,             # pretraining error, in [0, sqrt(2)]
-    seed: int = 0
+    d: int,
+    n: int,
+    k: int,  # 1 <= k < n < d - k
+    eps: float,  # pretraining error, in [0, sqrt(2)]
+    seed: int = 0,
 ) -> Problem:
     "Draw a problem (Kumar et al. 2022, section 3.1). Raises `ValueError` for sizes or an error outside what the theorems allow."
-    if not 1 <= k < n < d - k: raise ValueError(f"d = {d}, n = {n}, k = {k} are not allowed; the setting needs 1 <= k < n < d - k")
-    if not 0 <= eps <= 2 ** 0.5: raise ValueError(f"eps = {eps} is not allowed; it must be from 0 to sqrt(2)")
+    if not 1 <= k < n < d - k:
+        raise ValueError(f"d = {d}, n = {n}, k = {k} are not allowed; the setting needs 1 <= k < n < d - k")
+    if not 0 <= eps <= 2**0.5:
+        raise ValueError(f"eps = {eps} is not allowed; it must be from 0 to sqrt(2)")
     g, turn = np.random.default_rng(seed), 2 * np.arcsin(eps / 2)
     rows = np.linalg.qr(g.standard_normal((d, 2 * k)))[0].T
     v_star = g.standard_normal(k)
@@ -47,43 +54,60 @@ def make_problem(
 
 # %% ../nbs/08_theory.ipynb #087a05a1
 def losses(
-    p: Problem, v: np.ndarray, b: np.ndarray # head (..., k) and features (..., k, d)
-) -> tuple[np.ndarray, np.ndarray]:          # ID-subspace loss and OOD loss, (...)
+    p: Problem,
+    v: np.ndarray,
+    b: np.ndarray,  # head (..., k) and features (..., k, d)
+) -> tuple[np.ndarray, np.ndarray]:  # ID-subspace loss and OOD loss, (...)
     "Worst squared error over the unit ball of S, and of the whole space (Kumar et al. 2022, section 2)."
     error = p.w_star - np.einsum("...k,...kd->...d", v, b)
-    return ((error @ p.s.T) ** 2).sum(-1), (error ** 2).sum(-1)
+    return ((error @ p.s.T) ** 2).sum(-1), (error**2).sum(-1)
 
 # %% ../nbs/08_theory.ipynb #c44b5fe5
 def probe(p: Problem) -> np.ndarray:
     "The least-squares head on the pretrained features, `(k,)`: the limit of LP's gradient flow."
     return np.linalg.lstsq(p.x @ p.b_0.T, p.x @ p.w_star, rcond=None)[0]
 
+
 def flow(
-    p: Problem, v_0: np.ndarray,  # the head at time 0, (k,)
-    times: Sequence[float],       # rising, the first is 0
-    rtol: float = 1e-9            # of the solver; absolute tolerance is 1e-12
-) -> tuple[np.ndarray, np.ndarray]: # v (T, k) and B (T, k, d)
+    p: Problem,
+    v_0: np.ndarray,  # the head at time 0, (k,)
+    times: Sequence[float],  # rising, the first is 0
+    rtol: float = 1e-9,  # of the solver; absolute tolerance is 1e-12
+) -> tuple[np.ndarray, np.ndarray]:  # v (T, k) and B (T, k, d)
     "Gradient flow of head and features from (`v_0`, `p.b_0`) by DOP853. Raises `RuntimeError` if the solver gives up."
     k, d = p.b_0.shape
     gram = p.x.T @ p.x
+
     def field(t, y):
         v, b = y[:k], y[k:].reshape(k, d)
         e = gram @ (b.T @ v - p.w_star)
         return -2 * np.concatenate([b @ e, np.outer(v, e).ravel()])
-    out = solve_ivp(field, (0, times[-1]), np.concatenate([v_0, p.b_0.ravel()]), method="DOP853", t_eval=times, rtol=rtol, atol=1e-12)
-    if not out.success: raise RuntimeError(f"the flow stopped at t = {out.t[-1]:.3g}: {out.message}")
+
+    out = solve_ivp(
+        field,
+        (0, times[-1]),
+        np.concatenate([v_0, p.b_0.ravel()]),
+        method="DOP853",
+        t_eval=times,
+        rtol=rtol,
+        atol=1e-12,
+    )
+    if not out.success:
+        raise RuntimeError(f"the flow stopped at t = {out.t[-1]:.3g}: {out.message}")
     return out.y[:k].T, out.y[k:].T.reshape(-1, k, d)
 
 # %% ../nbs/08_theory.ipynb #99f50848
 def cos_angle(p: Problem) -> float:
     "Smallest cosine between the rows of the pretrained features and what the inputs do not span (Definition 3.1)."
-    off = np.linalg.svd(p.x, full_matrices=True)[2][len(p.x):]
+    off = np.linalg.svd(p.x, full_matrices=True)[2][len(p.x) :]
     return float(np.linalg.svd(p.b_0 @ off.T, compute_uv=False)[len(p.b_0) - 1])
 
+
 def lower_bound(
-    p: Problem, v_0: np.ndarray # the head that fine-tuning starts from, (k,)
+    p: Problem,
+    v_0: np.ndarray,  # the head that fine-tuning starts from, (k,)
 ) -> float:
     "Theorem 3.1: no time of fine-tuning has an OOD loss whose root is below this (may be negative: then it says nothing)."
     w = np.linalg.norm(p.w_star)
     phi = abs((v_0 @ p.v_star) ** 2 - (p.v_star @ p.v_star) ** 2) ** 0.5
-    return float(cos_angle(p) / len(p.b_0) ** 0.5 * min(phi, phi ** 2 / w) / (1 + w) ** 2 - p.eps)
+    return float(cos_angle(p) / len(p.b_0) ** 0.5 * min(phi, phi**2 / w) / (1 + w) ** 2 - p.eps)

@@ -21,128 +21,207 @@ from .encoders import Encoder, load_encoder, prepare
 from .data import CORPORA, DataError, PairCorpus, random_views
 from .features import claimed, embed, own, pick_device, processes
 from .files import ImageFiles, decoded
-from .losses import COLLISIONS, TextTable, answers, collided, contrastive_loss, embed_texts, everyone, prompt_templates, replay_consistency
+from wlsft.losses import (
+    COLLISIONS,
+    TextTable,
+    answers,
+    collided,
+    contrastive_loss,
+    embed_texts,
+    everyone,
+    prompt_templates,
+    replay_consistency,
+)
 from .pairs import check_corpus, corpus_stamp, load_pairs
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
-from .study import ParameterError, check_choice, check_parameters, check_range, check_values, progress, with_defaults
+from wlsft.study import (
+    ParameterError,
+    check_choice,
+    check_parameters,
+    check_range,
+    check_values,
+    progress,
+    with_defaults,
+)
 
 # %% ../nbs/03_train.ipynb #719348bc
 def ridge(
-    x: torch.Tensor, y: torch.Tensor, # (N, D) and (N, E)
-    strength: float = 1.0             # lambda, in units of the mean eigenvalue of the centred X'X
-) -> tuple[torch.Tensor, torch.Tensor]: # weight (E, D) and bias (E,), float32
+    x: torch.Tensor,
+    y: torch.Tensor,  # (N, D) and (N, E)
+    strength: float = 1.0,  # lambda, in units of the mean eigenvalue of the centred X'X
+) -> tuple[torch.Tensor, torch.Tensor]:  # weight (E, D) and bias (E,), float32
     "Closed-form ridge regression with an unpenalised intercept, computed in double precision."
     x, y = x.double(), y.double()
     mx, my = x.mean(0), y.mean(0)
     gram = (x - mx).T @ (x - mx)
-    w = torch.linalg.solve(gram + strength * gram.diagonal().mean() * torch.eye(len(gram)), (x - mx).T @ (y - my)).T
+    w = torch.linalg.solve(
+        gram + strength * gram.diagonal().mean() * torch.eye(len(gram)), (x - mx).T @ (y - my)
+    ).T
     return w.float(), (my - w @ mx).float()
+
 
 class PairHead(nn.Module):
     "A linear map from features to the text tower's space, and the logarithm of the loss's scale."
-    def __init__(self,
-        weight: torch.Tensor, bias: torch.Tensor, # (E, D) and (E,), for instance from `ridge`
-        scale: float = 1 / 0.07                   # start of the scale, as in CLIP
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor,  # (E, D) and (E,), for instance from `ridge`
+        scale: float = 1 / 0.07,  # start of the scale, as in CLIP
     ):
         super().__init__()
-        self.weight, self.bias, self.log_scale = nn.Parameter(weight), nn.Parameter(bias), nn.Parameter(torch.tensor(math.log(scale)))
+        self.weight, self.bias, self.log_scale = (
+            nn.Parameter(weight),
+            nn.Parameter(bias),
+            nn.Parameter(torch.tensor(math.log(scale))),
+        )
+
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
         "`(N, D)` features to `(N, E)`."
         return F.linear(feature, self.weight, self.bias)
 
 # %% ../nbs/03_train.ipynb #e0276b59
 def schedule(
-    step: int, steps: int, # which, of how many
-    warmup: float = 0.1    # share of the steps spent rising
-) -> float:                # factor in [0, 1]
+    step: int,
+    steps: int,  # which, of how many
+    warmup: float = 0.1,  # share of the steps spent rising
+) -> float:  # factor in [0, 1]
     "Linear warm-up, then half a cosine down to zero."
     rise = max(1, round(warmup * steps))
-    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    return (
+        (step + 1) / rise
+        if step < rise
+        else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    )
 
 # %% ../nbs/03_train.ipynb #ec22af73
 def trained(module: nn.Module) -> dict[str, torch.Tensor]:
     "What training may change: parameters that require a gradient, and buffers (running statistics, where they run)."
     return {**{n: p for n, p in module.named_parameters() if p.requires_grad}, **dict(module.named_buffers())}
 
+
 def save_state(path: Path, modules: dict, optimizer, epoch: int, history: list) -> None:
     "Everything a resumed run needs: trainable weights, optimiser state, epochs done, losses so far."
     weights = {f"{m}.{n}": p for m, module in modules.items() for n, p in trained(module).items()}
-    with atomic_write(path) as p, open(p, "wb") as f: torch.save(dict(weights=weights, optimizer=optimizer.state_dict(), epoch=epoch, history=history), f)
+    with atomic_write(path) as p, open(p, "wb") as f:
+        torch.save(dict(weights=weights, optimizer=optimizer.state_dict(), epoch=epoch, history=history), f)
+
 
 def load_state(path: Path, modules: dict, optimizer) -> tuple[int, list]:
     "Put a saved state back; returns epochs done and the losses so far. Raises `DataError` if the file does not fit."
-    try: state = torch.load(path, weights_only=True)
-    except Exception as e: raise DataError(f"{path} cannot be read ({e}); delete it to start the run again") from e
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception as e:
+        raise DataError(f"{path} cannot be read ({e}); delete it to start the run again") from e
     own = {f"{m}.{n}": p for m, module in modules.items() for n, p in trained(module).items()}
-    if own.keys() != state["weights"].keys(): raise DataError(f"{path} belongs to another model; delete it to start the run again")
+    if own.keys() != state["weights"].keys():
+        raise DataError(f"{path} belongs to another model; delete it to start the run again")
     with torch.no_grad():
-        for n, p in own.items(): p.copy_(state["weights"][n])
+        for n, p in own.items():
+            p.copy_(state["weights"][n])
     optimizer.load_state_dict(state["optimizer"])
     return state["epoch"], state["history"]
 
 # %% ../nbs/03_train.ipynb #39f8e2d4
-def optimiser(encoder: Encoder, head: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
+def optimiser(
+    encoder: Encoder, head: nn.Module, lr: float, head_lr: float, weight_decay: float
+) -> torch.optim.AdamW:
     "AdamW; matrices decay, vectors (norms, biases, FiLM) do not; the head has its own rate."
     trained = [p for p in encoder.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in trained if p.ndim > 1], lr=lr, weight_decay=weight_decay),
-              dict(params=[p for p in trained if p.ndim <= 1], lr=lr, weight_decay=0.0),
-              dict(params=list(head.parameters()), lr=head_lr, weight_decay=0.0)]
+    groups = [
+        dict(params=[p for p in trained if p.ndim > 1], lr=lr, weight_decay=weight_decay),
+        dict(params=[p for p in trained if p.ndim <= 1], lr=lr, weight_decay=0.0),
+        dict(params=list(head.parameters()), lr=head_lr, weight_decay=0.0),
+    ]
     opt = torch.optim.AdamW([g for g in groups if g["params"]])
-    for g in opt.param_groups: g["peak"] = g["lr"]
+    for g in opt.param_groups:
+        g["peak"] = g["lr"]
     return opt
 
 # %% ../nbs/03_train.ipynb #39f8e2d5
 def pair_objective(
-    head: PairHead, pairs: PairCorpus, table: TextTable, # trained too; images with groups; the embedded texts of each group
-    collisions: str = "positives",                       # pairs that share a text: `positives`, `negatives` or `ignored`
-    extra: Callable = lambda: 0.0                        # a term added to the loss, such as replay consistency
-) -> Callable:                                           # (features (N, D), indices (N,), generator) -> scalar loss
+    head: PairHead,
+    pairs: PairCorpus,
+    table: TextTable,  # trained too; images with groups; the embedded texts of each group
+    collisions: str = "positives",  # pairs that share a text: `positives`, `negatives` or `ignored`
+    extra: Callable = lambda: 0.0,  # a term added to the loss, such as replay consistency
+) -> Callable:  # (features (N, D), indices (N,), generator) -> scalar loss
     "Chapter 02's contrastive loss of images and drawn texts, as an objective for `finetune`."
     check_choice("collisions", collisions, COLLISIONS)
+
     def loss(feature: torch.Tensor, pick: torch.Tensor, g: torch.Generator) -> torch.Tensor:
         group = pairs.group[pick]
         text = table.draw(group, g).to(feature.device)
         scale = head.log_scale.clamp(max=math.log(100)).exp()
-        return contrastive_loss(head(feature), text, scale, *collided(group.to(feature.device), collisions)) + extra()
+        return (
+            contrastive_loss(head(feature), text, scale, *collided(group.to(feature.device), collisions))
+            + extra()
+        )
+
     return loss
+
 
 def _consistency(encoder: Encoder, weight: float) -> Callable:
     "The replay-consistency term as a function of no arguments; nothing at weight 0."
-    if not weight: return lambda: 0.0
-    held = {k.removesuffix(".replay.memory"): v for k, v in encoder.named_buffers() if k.endswith(".replay.memory")}
-    with torch.no_grad(): frozen = answers(encoder, held)
+    if not weight:
+        return lambda: 0.0
+    held = {
+        k.removesuffix(".replay.memory"): v
+        for k, v in encoder.named_buffers()
+        if k.endswith(".replay.memory")
+    }
+    with torch.no_grad():
+        frozen = answers(encoder, held)
     return lambda: weight * replay_consistency(encoder, held, frozen)
 
 # %% ../nbs/03_train.ipynb #a1508fac
 def in_pieces(
-    f: Callable, x: torch.Tensor, # a tower; its input (N, ...)
-    size: int = 0                 # rows whose activations are held at once; 0: all
+    f: Callable,
+    x: torch.Tensor,  # a tower; its input (N, ...)
+    size: int = 0,  # rows whose activations are held at once; 0: all
 ) -> torch.Tensor:
     "`f(x)` with less memory: activations are computed again on the way back (gradient checkpointing), so the gradients are those of the whole batch."
     from torch.utils.checkpoint import checkpoint
-    if not size or len(x) <= size: return f(x)
+
+    if not size or len(x) <= size:
+        return f(x)
     return torch.cat([checkpoint(f, part, use_reentrant=False) for part in x.split(size)])
 
 # %% ../nbs/03_train.ipynb #39f8e2d6
 def average_gradients(params: list[nn.Parameter]) -> None:
     "Mean over the processes of `torchrun`, in one message; nothing where there is one process."
-    if processes()[1] == 1: return
+    if processes()[1] == 1:
+        return
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
     distributed.all_reduce(flat)
-    for p, mean in zip(params, (flat / processes()[1]).split([p.numel() for p in params])): p.grad = mean.view_as(p)
+    for p, mean in zip(params, (flat / processes()[1]).split([p.numel() for p in params])):
+        p.grad = mean.view_as(p)
+
 
 def train_step(
-    encoder: Encoder, opt: torch.optim.Optimizer, objective: Callable,   # see `optimiser` and `pair_objective`
-    views: torch.Tensor, pick: torch.Tensor, g: torch.Generator,         # this process's part of the batch; all its rows; the source of chance
-    factor: float, micro: int = 0, bf16: bool = False                    # of the peak rates; see `in_pieces`; half precision in the encoder
-) -> float:                                                              # the loss
+    encoder: Encoder,
+    opt: torch.optim.Optimizer,
+    objective: Callable,  # see `optimiser` and `pair_objective`
+    views: torch.Tensor,
+    pick: torch.Tensor,
+    g: torch.Generator,  # this process's part of the batch; all its rows; the source of chance
+    factor: float,
+    micro: int = 0,
+    bf16: bool = False,  # of the peak rates; see `in_pieces`; half precision in the encoder
+) -> float:  # the loss
     "One update. Raises `FloatingPointError` before any weight moves."
-    for group in opt.param_groups: group["lr"] = group["peak"] * factor
-    params, device = [p for group in opt.param_groups for p in group["params"]], next(encoder.parameters()).device
+    for group in opt.param_groups:
+        group["lr"] = group["peak"] * factor
+    params, device = (
+        [p for group in opt.param_groups for p in group["params"]],
+        next(encoder.parameters()).device,
+    )
     x = prepare(encoder, views.to(device)).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16): feature = in_pieces(encoder, x, micro)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        feature = in_pieces(encoder, x, micro)
     loss = objective(everyone(feature.float()), pick, g)
-    if not torch.isfinite(loss): raise FloatingPointError(f"the loss is {loss.item()}")
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss.item()}")
     opt.zero_grad()
     loss.backward()
     average_gradients(params)
@@ -152,67 +231,158 @@ def train_step(
 
 # %% ../nbs/03_train.ipynb #1b87e506
 def finetune(
-    encoder: Encoder, head: nn.Module,            # `requires_grad` says what trains; both change in place
-    images: torch.Tensor | ImageFiles, objective: Callable, # uint8 (N, 3, H, W), or files; see `pair_objective`
-    epochs: int, batch_size: int = 128,           # passes; images a step
-    lr: float = 1e-3, head_lr: float = 1e-3, weight_decay: float = 0.01, # AdamW
-    seed: int = 0, state: Path | None = None,     # of order, views and texts; file to resume from
-    micro: int = 0, bf16: bool = False,           # images whose activations are held at once, 0: the whole batch; see `train_step`
-    views: dict = {}                              # options of `random_views`
-) -> list[float]:                                 # mean loss of each epoch
+    encoder: Encoder,
+    head: nn.Module,  # `requires_grad` says what trains; both change in place
+    images: torch.Tensor | ImageFiles,
+    objective: Callable,  # uint8 (N, 3, H, W), or files; see `pair_objective`
+    epochs: int,
+    batch_size: int = 128,  # passes; images a step
+    lr: float = 1e-3,
+    head_lr: float = 1e-3,
+    weight_decay: float = 0.01,  # AdamW
+    seed: int = 0,
+    state: Path | None = None,  # of order, views and texts; file to resume from
+    micro: int = 0,
+    bf16: bool = False,  # images whose activations are held at once, 0: the whole batch; see `train_step`
+    views: dict = {},  # options of `random_views`
+) -> list[float]:  # mean loss of each epoch
     "Fine-tune by any objective; resumes from `state` if it is there. The encoder's mode is the caller's (`eval` holds BatchNorm)."
     opt, modules = optimiser(encoder, head, lr, head_lr, weight_decay), dict(encoder=encoder, head=head)
     done, history = load_state(state, modules, opt) if state and state.is_file() else (0, [])
-    per_epoch, device, size = len(images) // batch_size, next(encoder.parameters()).device, min(images.shape[-1], encoder.pretrained_cfg["input_size"][-1])
-    if batch_size % processes()[1]: raise ParameterError(f"batch_size = {batch_size} must be a multiple of the {processes()[1]} processes")
-    if per_epoch < 1: raise ParameterError(f"batch_size = {batch_size} is more than there are images ({len(images)})")
+    per_epoch, device, size = (
+        len(images) // batch_size,
+        next(encoder.parameters()).device,
+        min(images.shape[-1], encoder.pretrained_cfg["input_size"][-1]),
+    )
+    if batch_size % processes()[1]:
+        raise ParameterError(
+            f"batch_size = {batch_size} must be a multiple of the {processes()[1]} processes"
+        )
+    if per_epoch < 1:
+        raise ParameterError(f"batch_size = {batch_size} is more than there are images ({len(images)})")
     for epoch in range(done, epochs):
         g, losses = torch.Generator().manual_seed(seed * 100_003 + epoch), []
-        order = torch.randperm(len(images), generator=g)[:per_epoch * batch_size].split(batch_size)
+        order = torch.randperm(len(images), generator=g)[: per_epoch * batch_size].split(batch_size)
         mine = decoded(images, [pick[own(batch_size)] for pick in order])
-        for i, (pick, batch) in enumerate(zip(order, progress(mine, f"epoch {epoch + 1}/{epochs}", (epochs - epoch - 1) * per_epoch, total=per_epoch, unit="image", unit_scale=batch_size))):
+        for i, (pick, batch) in enumerate(
+            zip(
+                order,
+                progress(
+                    mine,
+                    f"epoch {epoch + 1}/{epochs}",
+                    (epochs - epoch - 1) * per_epoch,
+                    total=per_epoch,
+                    unit="image",
+                    unit_scale=batch_size,
+                ),
+            )
+        ):
             x = random_views(batch.to(device), g, size=size, total=batch_size, part=own(batch_size), **views)
-            try: losses.append(train_step(encoder, opt, objective, x, pick, g, schedule(epoch * per_epoch + i, epochs * per_epoch), micro, bf16))
-            except FloatingPointError as e: raise FloatingPointError(f"epoch {epoch + 1}, step {i + 1}: {e}; images {pick[:8].tolist()}...; the last whole epoch is kept") from e
+            try:
+                losses.append(
+                    train_step(
+                        encoder,
+                        opt,
+                        objective,
+                        x,
+                        pick,
+                        g,
+                        schedule(epoch * per_epoch + i, epochs * per_epoch),
+                        micro,
+                        bf16,
+                    )
+                )
+            except FloatingPointError as e:
+                raise FloatingPointError(
+                    f"epoch {epoch + 1}, step {i + 1}: {e}; images {pick[:8].tolist()}...; the last whole epoch is kept"
+                ) from e
         history.append(sum(losses) / len(losses))
-        if state and processes()[0] == 0: save_state(state, modules, opt, epoch + 1, history)
+        if state and processes()[0] == 0:
+            save_state(state, modules, opt, epoch + 1, history)
     return history
 
 # %% ../nbs/03_train.ipynb #5da11f24
-DEFAULTS = dict(encoder="tf_efficientnet_lite0", corpus="emojishift-keywords", adapter="film", source="recorded", blocks=[], memory=64, rank=64, epochs=1,
-                batch_size=128, lr=1e-3, head_lr=1e-3, weight_decay=0.01, collisions="positives", consistency=0.0, text_tower="minilm", images=0, bf16=False, compiled=False, seed=0)
-CODE = ("data", "encoders", "adapters", "losses", "features", "files", "pairs", "train")     # modules that decide what is trained
-LOOP = ("epochs", "batch_size", "lr", "head_lr", "weight_decay", "seed")        # those of `finetune` that every chapter has
+DEFAULTS = dict(
+    encoder="tf_efficientnet_lite0",
+    corpus="emojishift-keywords",
+    adapter="film",
+    source="recorded",
+    blocks=[],
+    memory=64,
+    rank=64,
+    epochs=1,
+    batch_size=128,
+    lr=1e-3,
+    head_lr=1e-3,
+    weight_decay=0.01,
+    collisions="positives",
+    consistency=0.0,
+    text_tower="minilm",
+    images=0,
+    bf16=False,
+    compiled=False,
+    seed=0,
+)
+CODE = (
+    "data",
+    "encoders",
+    "adapters",
+    "losses",
+    "features",
+    "files",
+    "pairs",
+    "train",
+)  # modules that decide what is trained
+LOOP = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "head_lr",
+    "weight_decay",
+    "seed",
+)  # those of `finetune` that every chapter has
+
 
 def run_name(
-    params: dict,          # parameters of this chapter, without `study`, `data` and `runs`
-    root: str | Path = ""  # see `data_folder`
+    params: dict,  # parameters of this chapter, without `study`, `data` and `runs`
+    root: str | Path = "",  # see `data_folder`
 ) -> str:
     "Adapter, corpus, encoder and seed in front, and a hash of parameters, code and data that makes the name unique."
     p = {**DEFAULTS, **{k: v for k, v in params.items() if k in DEFAULTS}}
     what = p["adapter"] + ("-" + p["source"] if p["adapter"] == "token-replay" else "")
     stamp = {k: v for k, v in [("files", corpus_stamp(p["corpus"], root))] if v}
-    return name_run(f"{what}-{p['corpus'].partition('=')[0].removeprefix('emojishift-')}", p | stamp, CODE, root)
+    return name_run(
+        f"{what}-{p['corpus'].partition('=')[0].removeprefix('emojishift-')}", p | stamp, CODE, root
+    )
 
 # %% ../nbs/03_train.ipynb #5722c5db
 def check_train(p: dict) -> None:
     "Refuse a wrong value of any training parameter before work starts."
-    check_corpus(p["corpus"]); check_choice("adapter", p["adapter"], ADAPTERS); check_choice("source", p["source"], SOURCES)
+    check_corpus(p["corpus"])
+    check_choice("adapter", p["adapter"], ADAPTERS)
+    check_choice("source", p["source"], SOURCES)
     check_choice("collisions", p["collisions"], COLLISIONS)
-    check_values(check_parameters(p, DEFAULTS)); check_range("batch_size", p["batch_size"], 2, 65_536, integer=True)
-    if p["consistency"] and (p["adapter"], p["source"]) != ("token-replay", "recorded"): raise ParameterError(f"consistency = {p['consistency']} needs adapter = 'token-replay' with source = 'recorded'")
+    check_values(check_parameters(p, DEFAULTS))
+    check_range("batch_size", p["batch_size"], 2, 65_536, integer=True)
+    if p["consistency"] and (p["adapter"], p["source"]) != ("token-replay", "recorded"):
+        raise ParameterError(
+            f"consistency = {p['consistency']} needs adapter = 'token-replay' with source = 'recorded'"
+        )
 
 # %% ../nbs/03_train.ipynb #b6ca020b
 def train_run(
-    params: dict,                                # see this chapter's parameters; missing ones take their defaults
-    runs: str | Path = "", root: str | Path = "", device: str = "" # where runs are kept; the data folder; see `pick_device`
-) -> Path:                                       # the run's folder
+    params: dict,  # see this chapter's parameters; missing ones take their defaults
+    runs: str | Path = "",
+    root: str | Path = "",
+    device: str = "",  # where runs are kept; the data folder; see `pick_device`
+) -> Path:  # the run's folder
     "Train one run, resuming or skipping as the folder allows."
     p = check_parameters(with_defaults(params, DEFAULTS), DEFAULTS)
     check_train(p)
     folder = runs_folder(runs) / run_name(p, root)
     with claimed(folder / ".lock", folder / "run.json") as missing:
-        if missing: _train(p, folder, root, device)
+        if missing:
+            _train(p, folder, root, device)
     return folder
 
 # %% ../nbs/03_train.ipynb #dfba6843
@@ -221,14 +391,43 @@ def _train(p: dict, folder: Path, root: str | Path, device: str) -> None:
     start, where, cache = time.time(), pick_device(device), folder.parent / "cache"
     encoder = load_encoder(p["encoder"], root)
     base = weights_digest(encoder)
-    pairs = load_pairs(p["corpus"], root, encoder.pretrained_cfg["input_size"][-1], p["images"], p["seed"], cache, prompt_templates() if p["corpus"] in CORPORA else None)
+    pairs = load_pairs(
+        p["corpus"],
+        root,
+        encoder.pretrained_cfg["input_size"][-1],
+        p["images"],
+        p["seed"],
+        cache,
+        prompt_templates() if p["corpus"] in CORPORA else None,
+    )
     table, encoder = embed_texts(pairs.texts, p["text_tower"], cache), encoder.to(where)
     head = PairHead(*ridge(embed(encoder, pairs.images), table.mean(pairs.group))).to(where)
-    adapt(encoder, p["adapter"], pairs.images, p["blocks"], p["source"], p["memory"], p["rank"], seed=p["seed"])
+    adapt(
+        encoder, p["adapter"], pairs.images, p["blocks"], p["source"], p["memory"], p["rank"], seed=p["seed"]
+    )
     theta_0 = {k: v.clone() for k, v in encoder.state_dict().items()}
     objective = pair_objective(head, pairs, table, p["collisions"], _consistency(encoder, p["consistency"]))
-    if p["compiled"]: encoder.compile()
-    history = finetune(encoder, head, pairs.images, objective, **{k: p[k] for k in LOOP}, state=folder / "state.pt", bf16=p["bf16"], views=pairs.views)
-    info = dict(parameters=p, name=folder.name, history=history, encoder_digest=base, pairs=len(pairs.images), left_out=dict(n=len(pairs.lost), first=pairs.lost[:20]),
-                **provenance(encoder, p["encoder"], CODE, root), seconds=round(time.time() - start, 1))
-    if processes()[0] == 0: save_run(folder, theta_0, encoder.state_dict(), info)
+    if p["compiled"]:
+        encoder.compile()
+    history = finetune(
+        encoder,
+        head,
+        pairs.images,
+        objective,
+        **{k: p[k] for k in LOOP},
+        state=folder / "state.pt",
+        bf16=p["bf16"],
+        views=pairs.views,
+    )
+    info = dict(
+        parameters=p,
+        name=folder.name,
+        history=history,
+        encoder_digest=base,
+        pairs=len(pairs.images),
+        left_out=dict(n=len(pairs.lost), first=pairs.lost[:20]),
+        **provenance(encoder, p["encoder"], CODE, root),
+        seconds=round(time.time() - start, 1),
+    )
+    if processes()[0] == 0:
+        save_run(folder, theta_0, encoder.state_dict(), info)
