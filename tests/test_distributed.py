@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from open_clip.loss import ClipLoss
-from wlsft.features import embed, extract
-from wlsft.losses import contrastive_loss, everyone
+from wlsft.features import extract_features, extract_features_to
+from wlsft.losses import contrastive_loss, all_gather
 
 N, WIDE, SCALE = 8, 5, 7.0
 
@@ -39,7 +39,7 @@ def pictures():
 
 def loss_of(net, image, text, group, collisions):
     return contrastive_loss(
-        everyone(net(image)), everyone(net(text)), SCALE, everyone(group) if collisions else None
+        all_gather(net(image)), all_gather(net(text)), SCALE, all_gather(group) if collisions else None
     )
 
 
@@ -57,8 +57,10 @@ def work(rank, port, folder):
     out["open_clip"] = ClipLoss(gather_with_grad=True, rank=rank, world_size=2)(
         unit(net(image), dim=1), unit(net(text), dim=1), SCALE
     ).detach()
-    features = extract(*pictures(), f"{folder}/features.npy", batch_size=4)
-    assert torch.equal(features, extract(*pictures(), f"{folder}/features.npy"))  # the second time it is read
+    features = extract_features_to(*pictures(), f"{folder}/features.npy", batch_size=4)
+    assert torch.equal(
+        features, extract_features_to(*pictures(), f"{folder}/features.npy")
+    )  # the second time it is read
     if rank == 0:
         torch.save(out, f"{folder}/out.pt")
     dist.destroy_process_group()
@@ -92,7 +94,7 @@ def test_two_processes_equal_open_clip(two):
 
 
 def test_two_processes_share_an_extraction(two):
-    np.testing.assert_allclose(two["features"], embed(*pictures()).numpy(), atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(two["features"], extract_features(*pictures()).numpy(), atol=1e-5, rtol=1e-4)
     assert two["files"] == ["features.npy", "out.pt"]  # no notes, no halves
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from wlsft.data import DataError, data_folder, read_style
 from wlsft.encoders import read_weights
 from wlsft.figures import read_rows
-from wlsft.files import ImageFiles, Paths, TarMembers, tar_members
+from wlsft.files import ImageFiles, FileSource, TarSource, tar_members
 from wlsft.pairs import coco_pairs, table_pairs, tar_pairs
 from wlsft.runs import load_run
 from wlsft.study import ParameterError, expand_study
@@ -101,12 +101,24 @@ def written(name, read):
 
 
 READERS = {  # name -> (what reads, a sound file)
-    "jpeg": (written("x.jpg", lambda p: ImageFiles.of(Paths([p]), 16).decode(0)), lambda f: picture("JPEG")),
-    "png": (written("x.png", lambda p: ImageFiles.of(Paths([p]), 16).decode(0)), lambda f: picture("PNG")),
-    "webp": (written("x.webp", lambda p: ImageFiles.of(Paths([p]), 16).decode(0)), lambda f: picture("WEBP")),
-    "tiff": (written("x.tif", lambda p: ImageFiles.of(Paths([p]), 16).decode(0)), lambda f: picture("TIFF")),
+    "jpeg": (
+        written("x.jpg", lambda p: ImageFiles.of(FileSource([p]), 16).decode(0)),
+        lambda f: picture("JPEG"),
+    ),
+    "png": (
+        written("x.png", lambda p: ImageFiles.of(FileSource([p]), 16).decode(0)),
+        lambda f: picture("PNG"),
+    ),
+    "webp": (
+        written("x.webp", lambda p: ImageFiles.of(FileSource([p]), 16).decode(0)),
+        lambda f: picture("WEBP"),
+    ),
+    "tiff": (
+        written("x.tif", lambda p: ImageFiles.of(FileSource([p]), 16).decode(0)),
+        lambda f: picture("TIFF"),
+    ),
     "tar": (
-        written("x.tar", lambda p: [TarMembers(tar_members(p)).read(i) for i in range(len(tar_members(p)))]),
+        written("x.tar", lambda p: [TarSource(tar_members(p)).read(i) for i in range(len(tar_members(p)))]),
         lambda f: tar_bytes(),
     ),
     "tar of pairs": (written("x.tar", lambda p: tar_pairs([p], 10)), lambda f: tar_bytes()),
@@ -263,7 +275,7 @@ def test_a_tar_is_never_unpacked_and_a_compressed_one_is_refused(tmp_path):
 def test_bombs(tmp_path):
     Image.new("1", (12_000, 12_000)).save(tmp_path / "bomb.png")  # 18 kB on disk
     with pytest.raises(DataError, match=r"bomb\.png cannot be decoded"):
-        ImageFiles.of(Paths([tmp_path / "bomb.png"]), 16).decode(0)
+        ImageFiles.of(FileSource([tmp_path / "bomb.png"]), 16).decode(0)
     (tmp_path / "run.json").write_text("[" * 100_000)
     with pytest.raises(DataError, match=r"run\.json"):
         load_run(str(tmp_path))

@@ -15,13 +15,13 @@ import timm
 import torch
 from PIL import Image
 from wlsft.figures import (
-    at_chosen_rate,
-    beside_published,
+    select_lr,
+    compare_published,
     bootstrap_table,
     figure_alpha,
     figure_sets,
     ood_sets,
-    selected,
+    selected_changes,
 )
 from wlsft.flyp import train_image_text
 from wlsft.interpolation import alpha_sweep
@@ -29,7 +29,7 @@ from wlsft.lp_ft import train_classifier
 from wlsft.pairs import imagenet_ids
 from wlsft.runs import load_run
 from wlsft.study import expand_study
-from wlsft.suites import load_suite, pin_suite
+from wlsft.suites import load_suite, write_checksums
 from wlsft.train import train_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +100,7 @@ def data(tmp_path_factory):
     torch.save(
         dict(teacher={f"module.backbone.{k}": v for k, v in vit.state_dict().items()}), root / "dino.pth"
     )
-    pin_suite("imagenet", root)
+    write_checksums("imagenet", root)
     return root
 
 
@@ -136,9 +136,9 @@ def test_every_study_has_every_row(swept):
 
 
 def test_the_figures_take_them(swept):
-    t = at_chosen_rate(swept)
+    t = select_lr(swept)
     boot = bootstrap_table(t, 20)
-    changes = selected(boot)
+    changes = selected_changes(boot)
     assert {"ID", "VAL", "OOD"} <= set(boot["set"])
     for figure in (
         figure_alpha(boot),
@@ -148,7 +148,7 @@ def test_the_figures_take_them(swept):
         assert len(figure[1])
     published = pd.read_csv(ROOT / "data/published/dino_knn.csv")
     renamed = t.assign(encoder="vit_base_patch16_224.dino=file")
-    assert beside_published(renamed, published).ours.notna().sum() == 1
+    assert compare_published(renamed, published).ours.notna().sum() == 1
 
 
 @pytest.mark.parametrize("method", ["FLYP", "LP-FT"])
@@ -178,12 +178,12 @@ def test_labels_of_a_suite(data, tmp_path, method):
 def test_rows_do_not_depend_on_workers(data, small):
     suite = load_suite("imagenet", data, 160)
     from wlsft.encoders import load_encoder
-    from wlsft.features import embed
+    from wlsft.features import extract_features
 
     few = suite.images[suite.sets["id-test"]]
     encoder = load_encoder(small["encoder"], data)
-    assert torch.equal(embed(encoder, few, workers=2), embed(encoder, few, workers=0))
-    assert not torch.equal(embed(encoder, replace(few, crop=0.5)), embed(encoder, few))
+    assert torch.equal(extract_features(encoder, few, workers=2), extract_features(encoder, few, workers=0))
+    assert not torch.equal(extract_features(encoder, replace(few, crop=0.5)), extract_features(encoder, few))
 
 
 def test_two_processes_train_what_one_does(data, small, tmp_path):

@@ -90,9 +90,9 @@ def test_every_figure_has_its_table():
 
 @pytest.mark.parametrize("study", sorted(p.stem for p in (ROOT / "nbs/studies").glob("*.yaml")))
 def test_study_expands_to_known_parameters(study):
-    from wlsft.flyp import name_of, settled
-    from wlsft.interpolation import SWEEP, settled_sweep
-    from wlsft.pairs import REAL
+    from wlsft.flyp import run_name_of, settled
+    from wlsft.interpolation import SWEEP, resolve_sweep
+    from wlsft.pairs import DISK_CORPORA
     from wlsft.study import _lean, check_parameters, expand_study
 
     runs, names = expand_study(ROOT / f"nbs/studies/{study}.yaml", 2), set()
@@ -102,9 +102,9 @@ def test_study_expands_to_known_parameters(study):
         )
         check_parameters(known, notebook_parameters(ROOT / f"nbs/{chapter}.ipynb"))
         _lean(ROOT / f"nbs/{chapter}.ipynb", known)  # refuses what only a demonstration would use
-        settled_sweep({k: v for k, v in run.items() if k in SWEEP})
+        resolve_sweep({k: v for k, v in run.items() if k in SWEEP})
         names.add(
-            str(known) if study in REAL else name_of(known)
+            str(known) if study in DISK_CORPORA else run_name_of(known)
         )  # names need the files: tests/test_photographs.py
     assert len(names) == len(runs)
 

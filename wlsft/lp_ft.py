@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .adapters import ADAPTERS, adapt
-from .suites import check_suite, load_training, suite_stamp
+from .suites import check_suite, load_training, suite_fingerprint
 from .encoders import load_encoder
 from .probe import fit_probe
 from .runs import name_run, provenance, runs_folder, save_run, weights_digest
-from .study import check_choice, check_parameters, check_range, check_values, with_defaults
-from .features import claimed, embed, pick_device, processes
+from .study import check_choice, check_parameters, check_range, check_values, fill_defaults
+from .features import run_once, extract_features, get_device, rank_and_world
 from .train import LOOP, finetune
 
 # %% ../nbs/06_lp_ft.ipynb #f84cdfe1
@@ -64,7 +64,7 @@ def check_classifier(p: dict) -> None:
 def classifier_name(params: dict, root: str | Path = "") -> str:
     "Readable front and a hash of parameters, code and data."
     p = {**CLASSIFIER, **{k: v for k, v in params.items() if k in CLASSIFIER}}
-    stamp = {k: v for k, v in [("files", suite_stamp(p["suite"], root))] if v}
+    stamp = {k: v for k, v in [("files", suite_fingerprint(p["suite"], root))] if v}
     return name_run(f"{p['method']}-{p['adapter']}", p | stamp, CODE, root)
 
 # %% ../nbs/06_lp_ft.ipynb #1abe2f98
@@ -72,13 +72,13 @@ def train_classifier(
     params: dict,  # some of `CLASSIFIER`
     runs: str | Path = "",
     root: str | Path = "",
-    device: str = "",  # where runs are kept; the data folder; see `pick_device`
+    device: str = "",  # where runs are kept; the data folder; see `get_device`
 ) -> Path:  # the run's folder
     "FT or LP-FT on the ID training images of a suite, resuming or skipping as the folder allows."
-    p = check_parameters(with_defaults(params, CLASSIFIER), CLASSIFIER)
+    p = check_parameters(fill_defaults(params, CLASSIFIER), CLASSIFIER)
     check_classifier(p)
     folder = runs_folder(runs) / classifier_name(p, root)
-    with claimed(folder / ".lock", folder / "run.json") as missing:
+    with run_once(folder / ".lock", folder / "run.json") as missing:
         if missing:
             _train(p, folder, root, device)
     return folder
@@ -86,7 +86,7 @@ def train_classifier(
 # %% ../nbs/06_lp_ft.ipynb #6fa9f455
 def _train(p: dict, folder: Path, root: str | Path, device: str) -> None:
     "All of `train_classifier` that takes time."
-    start, encoder, where = time.time(), load_encoder(p["encoder"], root), pick_device(device)
+    start, encoder, where = time.time(), load_encoder(p["encoder"], root), get_device(device)
     base, (suite, rows, images, views) = weights_digest(encoder), load_training(p["suite"], encoder, root)
     labels = suite.labels[rows]
     with torch.random.fork_rng(devices=[]):
@@ -95,7 +95,7 @@ def _train(p: dict, folder: Path, root: str | Path, device: str) -> None:
     strength, encoder, head = None, encoder.to(where), head.to(where)
     if p["method"] == "LP-FT":
         probe = fit_probe(
-            embed(encoder, images).numpy(),
+            extract_features(encoder, images).numpy(),
             labels.numpy(),
             len(suite.classes),
             "logistic",
@@ -128,5 +128,5 @@ def _train(p: dict, folder: Path, root: str | Path, device: str) -> None:
         **provenance(encoder, p["encoder"], CODE, root),
         seconds=round(time.time() - start, 1),
     )
-    if processes()[0] == 0:
+    if rank_and_world()[0] == 0:
         save_run(folder, before[0], encoder.state_dict(), info, (before[1], head.state_dict()))

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from .adapters import add_film, add_token_replay, is_adapter, replay_sites
+from .adapters import add_film, add_token_replay, is_adapter, adapter_sites
 from .disk import atomic_write, write_json
 from .encoders import Encoder, load_encoder
-from .data import DataError, data_folder, shipped
+from .data import DataError, data_folder, shipped_file
 from .study import ParameterError, code_digest, digest
 
 # %% ../nbs/03_runs.ipynb #a657ad09
@@ -28,8 +28,8 @@ def data_digest(encoder: str, root: str | Path = "") -> str:
     "A short hash of EmojiShift's canaries and of the encoder's file, if it is shipped or named (MODEL=FILE)."
     name, _, path = encoder.partition("=")
     files = [
-        shipped("emojishift/canary.json", root),
-        Path(path) if path else shipped(f"encoders/{name}.safetensors", root),
+        shipped_file("emojishift/canary.json", root),
+        Path(path) if path else shipped_file(f"encoders/{name}.safetensors", root),
     ]
     return digest([_sha(f, f.stat().st_mtime_ns) for f in files if f.is_file()])
 
@@ -179,7 +179,7 @@ def _rebuild(name: str, info: dict, saved: dict, root: str | Path) -> Run:
         add_film(encoder, p["blocks"])
     if p["adapter"] == "token-replay":
         memories = {
-            s: one.get(f"{s}.replay.memory") for s in replay_sites(encoder) if f"{s}.replay.q.weight" in one
+            s: one.get(f"{s}.replay.memory") for s in adapter_sites(encoder) if f"{s}.replay.q.weight" in one
         }
         add_token_replay(encoder, memories, p["rank"], learned=p["source"] == "learned")
     unknown = sorted((one.keys() | zero.keys()) - encoder.state_dict().keys())
