@@ -88,7 +88,7 @@ def run_json(folder, raw):
 
 def emoji(folder, raw):
     (folder / "noto.parquet").write_bytes(raw)
-    (folder / "canary.json").write_bytes((data_folder() / "emojishift/canary.json").read_bytes())
+    (folder / "checksums.json").write_bytes((data_folder() / "emojishift/checksums.json").read_bytes())
     read_style(folder, "noto")
 
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .encoders import Encoder, preprocess
-from .files import ImageFiles, image_batches
-from .study import ParameterError, check_choice, check_range
+
+from .core.params import ParameterError, check_choice, check_range
+from .datasets.images import ImageFiles, image_batches
+from .models.base import Encoder, preprocess
 
 # %% ../nbs/01_adapters.ipynb #587d4771
 def is_vit_block(block: nn.Module) -> bool:

@@ -14,14 +14,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from .adapters import ADAPTERS, adapt
-from .suites import check_suite, load_training, suite_fingerprint
-from .encoders import load_encoder
-from .probe import fit_probe
-from .runs import name_run, provenance, runs_folder, save_run, weights_digest
-from .study import check_choice, check_parameters, check_range, check_values, fill_defaults
-from .features import run_once, extract_features, get_device, rank_and_world
-from .train import LOOP, finetune
+from .core.device import get_device
+from .core.distributed import rank_and_world, run_once
+from .core.hashing import weights_digest
+from .core.params import check_choice, check_parameters, check_range, check_values, fill_defaults
+from .datasets.suites import check_suite, suite_fingerprint
+from .evaluation.probe import fit_probe
+from .models.encoders import load_encoder
+from .models.features import extract_features
+from .study.runs import name_run, provenance, runs_folder, save_run
+from .train import LOOP, finetune, load_training
 
 # %% ../nbs/06_lp_ft.ipynb #f84cdfe1
 def class_objective(head: nn.Linear, labels: torch.Tensor) -> Callable:
