@@ -1,0 +1,93 @@
+"Golden bits: tiny runs of every method and adapter, and rows of two sweeps, as recorded before the code was reorganised."
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from wlsft.study.runs import load_run, train_run
+from wlsft.study.sweep import alpha_sweep, suite_of
+
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
+TEXT = dict(batch_size=16, epochs=2)
+LABELS = dict(batch_size=8, epochs=2)
+CLIP = dict(batch_size=8, encoder="clip_emojishift", lr=1e-4, head_lr=1e-4, weight_decay=0.1)
+REPLAY = dict(adapter="token-replay", memory_size=8)
+RUNS = {
+    "WLSFT-full": dict(TEXT, adapter="full", lr=1e-4),
+    "WLSFT-film": dict(TEXT, adapter="film", lr=1e-2),
+    "WLSFT-token-replay": dict(TEXT, **REPLAY, rank=16, consistency=0.5),
+    "WLSFT-token-replay-learned": dict(TEXT, **REPLAY, memory_source="learned", seed=1),
+    "FT-full": dict(LABELS, method="FT", lr=1e-3, head_lr=1e-2, batch_norm="running"),
+    "LP-FT-film": dict(LABELS, method="LP-FT", adapter="film", lr=1e-2, c_values=3),
+    "LP-FT-full": dict(LABELS, method="LP-FT", lr=1e-3, c_values=3),
+    "FLYP-full": dict(method="FLYP", batch_size=8, micro_batch_size=4),
+    "FLYP-film": dict(method="FLYP", batch_size=8, adapter="film", collisions="ignored", lr=1e-2),
+    "L2-SP-full": dict(CLIP, method="L2-SP", weight_decay=0.0),
+    "LP-clip": dict(method="LP", encoder="clip_emojishift", c_values=3),
+    "LP-FT-clip": dict(CLIP, method="LP-FT", c_values=3),
+}
+
+
+def processor():
+    return dict(torch=torch.__version__, cpu=torch.cpu.get_capabilities().get("cpu_name", ""))
+
+
+same_machine = pytest.mark.skipif(
+    processor() != {key: GOLDEN[key] for key in ("torch", "cpu")}, reason="bits differ between processors"
+)
+
+
+def hash_of(tensors):
+    whole = hashlib.sha256()
+    for key in sorted(tensors):
+        whole.update(key.encode() + tensors[key].contiguous().numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
+@pytest.fixture(scope="module")
+def train(tiny, tmp_path_factory):
+    "Train a named run; threads decide the order of sums."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("golden")
+
+    def run(name):
+        params = dict(RUNS[name])
+        if "method" not in params:
+            params["corpus"] = f"mine={tiny / 'captions.csv'}"
+        else:
+            params["suite"] = f"mine={tiny / 'suite'}"
+        if params.get("method") != "FLYP" and "encoder" not in params:
+            params["encoder"] = f"test_vit={tiny / 'vit.safetensors'}"
+        return train_run(params, folder)
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@same_machine
+@pytest.mark.parametrize("name", RUNS)
+def test_weights(train, name):
+    saved = load_file(train(name) / "theta.safetensors")
+    want = GOLDEN["runs"][name]
+    thetas = {key: value for key, value in saved.items() if key.startswith("theta_")}
+    heads = {key: value for key, value in saved.items() if key.startswith("head_")}
+    assert (len(thetas), hash_of(thetas)) == (want["tensors"], want["theta"])
+    assert want["head"] in (None, hash_of(heads))
+
+
+@same_machine
+@pytest.mark.parametrize("name", ["LP-FT-film", "FLYP-film"])
+def test_rows_of_a_sweep(train, name):
+    run = load_run(train(name))
+    scorers = ["knn", "head", "probe", "distortion"] if name == "LP-FT-film" else ["knn", "head"]
+    rows = alpha_sweep(run, suite_of(run), [0, 0.5, 1], scorers, all_banks=True)
+    have = {}
+    for row in rows.itertuples():
+        correct = None if row.correct is None else sum(row.correct)
+        key = (row.alpha, row.scorer, row.bank, row.layer, row.k, row.set, row.metric)
+        have[key] = [round(row.value, 9), row.n, correct]
+    want = {tuple(key): value for key, value in GOLDEN["rows"][name]}
+    assert have == want
