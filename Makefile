@@ -1,13 +1,14 @@
-# make study   set up, then the whole default study -> figures/emojishift     (STUDY=grid SEEDS=3, DATA=/path, CORES=8,
-#              SET='{encoder: vit_base_patch16_224.dino=/path/file.pth}' in every run, PROCESSES=4 of torchrun a run, GPUS=1 a process)
-# make status  what of the study is done, running or failed, and why, and the room it takes
-# make prune   what in runs/ no study and no table needs; DELETE=yes deletes it
-# make test    set up, then every test: the notebooks, then tests/
-# make bench   chapter 10 at full size, peers installed: tens of minutes -> figures/benchmarks
-# make docs    the documentation site -> _docs/
-# make readme  README.md from nbs/index.ipynb, numbers computed from data/results
-# make lab     JupyterLab on the chapters
-# make clean   remove the environment and built files; runs/ and figures/ stay
+# make study    set up, then the whole default study -> figures/emojishift     (STUDY=grid SEEDS=3, DATA=/path, CORES=8,
+#               SET='{encoder: vit_base_patch16_224.dino=/path/file.pth}' in every run, PROCESSES=4 of torchrun a run, GPUS=1 a process)
+# make status   what of the study is done, running or failed, and why, and disk use
+# make prune    what in runs/ no study and no table needs; DELETE=yes deletes it
+# make test     set up, then every test: the notebooks, then tests/
+# make bench    chapter 10 at full size, peers installed: tens of minutes -> figures/benchmarks
+# make outputs  execute the chapters of the book again and keep what a reader of a code host sees
+# make docs     the documentation site -> _docs/
+# make readme   README.md from nbs/index.ipynb, numbers computed from data/results
+# make lab      JupyterLab on the chapters
+# make clean    remove the environment and built files; runs/ and figures/ stay
 PYTHON ?= python3
 STUDY  ?= emojishift
 SEEDS  ?= 1
@@ -19,8 +20,11 @@ GPUS   ?= 0
 DELETE ?=
 VENV   := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Imports are compiled once and kept; large activations go back to the allocator, not to the system (arithmetic is the same).
+unexport PYTHONDONTWRITEBYTECODE
+export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 
-.PHONY: setup study status prune test bench docs readme lab clean
+.PHONY: setup study status prune test bench outputs docs readme lab clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: settings.ini setup.py constraints.txt
@@ -30,14 +34,16 @@ $(VENV)/.ready: settings.ini setup.py constraints.txt
 	touch $@
 
 study: setup
-	snakemake --cores $(CORES) --quiet rules --rerun-triggers mtime --rerun-incomplete --keep-incomplete --keep-going --nolock --resources gpu=$$(( $(GPUS) * $(PROCESSES) )) --config study=$(STUDY) seeds=$(SEEDS) data="$(DATA)" processes=$(PROCESSES) gpus=$(GPUS) set="$(SET)"
+	snakemake --cores $(CORES) --quiet rules --rerun-triggers mtime --rerun-incomplete --keep-incomplete --keep-going --nolock \
+	  --resources gpu=$$(( $(GPUS) * $(PROCESSES) )) \
+	  --config study=$(STUDY) seeds=$(SEEDS) data="$(DATA)" processes=$(PROCESSES) gpus=$(GPUS) set="$(SET)"
 	@echo "figures are in figures/$(STUDY)"
 
 status: setup
-	wlsft-status $(STUDY) --seeds $(SEEDS) --data "$(DATA)" --set "$(SET)"
+	wlsft status $(STUDY) --seeds $(SEEDS) --data "$(DATA)" --set "$(SET)"
 
 prune: setup
-	wlsft-status $(STUDY) --seeds $(SEEDS) --data "$(DATA)" --set "$(SET)" --prune $(if $(DELETE),delete,list)
+	wlsft prune $(STUDY) --seeds $(SEEDS) --data "$(DATA)" --set "$(SET)" $(if $(DELETE),--delete,)
 
 test: setup
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
@@ -45,18 +51,22 @@ test: setup
 
 bench: setup
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev,bench]'
-	mkdir -p runs && wlsft-run nbs/10_benchmarks.ipynb runs/10_benchmarks.ipynb -p full true
+	mkdir -p runs && wlsft notebook nbs/10_benchmarks.ipynb runs/10_benchmarks.ipynb -p full true
+
+outputs: setup
+	OMP_NUM_THREADS=1 python -m wlsft.build.outputs nbs/0*.ipynb nbs/11_your_own.ipynb
 
 docs: setup
-	rm -rf _proc _docs && nbdev_proc_nbs && cp -r figures _proc/
+	rm -rf _proc _docs && nbdev_proc_nbs && cp -r figures _proc/ && python -m wlsft.build.outputs before _proc
 	if command -v quarto >/dev/null; then quarto render _proc --no-execute; else smalldocs render _proc --quiet; fi
-	mv _proc/_docs _docs && mkdir -p _docs/figures && cp -r figures/explorer _docs/figures/ && python -c "from nbdev.config import get_config; from wlsft.site import finish_site; c = get_config(); finish_site('_docs', '_proc', c.doc_host + c.doc_baseurl)"
+	mv _proc/_docs _docs && mkdir -p _docs/figures && cp -r figures/explorer figures/method.png _docs/figures/
+	python -m wlsft.build.outputs after _docs _proc
 	@echo "open _docs/index.html"
 
 readme: setup
-	mkdir -p runs && wlsft-run nbs/index.ipynb runs/README.ipynb
+	mkdir -p runs && wlsft notebook nbs/index.ipynb runs/README.ipynb
 	jupyter nbconvert --to markdown --no-input --output-dir . runs/README.ipynb
-	python -c "import re; s = open('README.md').read(); open('README.md', 'w').write(re.sub(r'\]\((\d\d_\w+\.ipynb)\)', r'](nbs/\1)', s))"
+	python -m wlsft.build.outputs readme README.md
 
 lab: setup
 	jupyter lab nbs/

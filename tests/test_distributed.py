@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from open_clip.loss import ClipLoss
-from wlsft.features import extract_features, extract_features_to
-from wlsft.losses import contrastive_loss, all_gather
+from wlsft.models.features import extract_features, extract_features_to
+from wlsft.core.distributed import all_gather
+from wlsft.losses import contrastive_loss
 
 N, WIDE, SCALE = 8, 5, 7.0
 

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pandas as pd
-from wlsft.train import train_run
+from wlsft.study.runs import train_run
 
 ROOT = Path(__file__).resolve().parent.parent
 

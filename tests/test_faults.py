@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from wlsft.data import DataError, data_folder
-from wlsft.figures import read_rows
-from wlsft.study import RANGES, ParameterError, check_parameters, check_values, notebook_parameters
-from wlsft.runs import load_run
+from wlsft.datasets.base import DataError, data_folder
+from wlsft.evaluation.stats import read_rows
+from wlsft.core.params import ParameterError, RANGES, check_parameters, check_values
+from wlsft.study.notebooks import notebook_parameters
+from wlsft.study.runs import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 

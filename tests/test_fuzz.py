@@ -19,13 +19,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from wlsft.data import DataError, data_folder, read_style
-from wlsft.encoders import read_weights
-from wlsft.figures import read_rows
-from wlsft.files import ImageFiles, FileSource, TarSource, tar_members
-from wlsft.pairs import coco_pairs, table_pairs, tar_pairs
-from wlsft.runs import load_run
-from wlsft.study import ParameterError, expand_study
+from wlsft.datasets.base import DataError, data_folder
+from wlsft.datasets.emojishift import read_style
+from wlsft.models.encoders import read_weights
+from wlsft.evaluation.stats import read_rows
+from wlsft.datasets.captions import TarSource, tar_members
+from wlsft.datasets.images import FileSource, ImageFiles
+from wlsft.datasets.captions import table_pairs, tar_pairs
+from wlsft.datasets.corpora import coco_pairs
+from wlsft.study.runs import load_run
+from wlsft.core.params import ParameterError
+from wlsft.study.plan import expand_study
 
 GUIDED = os.environ.get("GUIDED")  # inputs a reader from atheris, which follows coverage
 FUZZ = int(os.environ.get("FUZZ", 100))

@@ -1,4 +1,5 @@
 "Golden bits: tiny runs of every method and adapter, and rows of two sweeps, as recorded before the code was reorganised."
+
 import hashlib
 import json
 from pathlib import Path

@@ -14,23 +14,17 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from wlsft.figures import (
-    select_lr,
-    compare_published,
-    bootstrap_table,
-    figure_alpha,
-    figure_sets,
-    ood_sets,
-    selected_changes,
-)
+from wlsft.evaluation.stats import bootstrap_table, ood_sets, select_lr, selected_changes
+from wlsft.reports.curves import figure_alpha, figure_sets
+from wlsft.reports.tables import compare_published
 from wlsft.flyp import train_image_text
-from wlsft.interpolation import alpha_sweep
+from wlsft.study.sweep import alpha_sweep
 from wlsft.lp_ft import train_classifier
-from wlsft.pairs import imagenet_ids
-from wlsft.runs import load_run
-from wlsft.study import expand_study
-from wlsft.suites import load_suite, write_checksums
-from wlsft.train import train_run
+from wlsft.datasets.corpora import imagenet_ids
+from wlsft.study.runs import load_run
+from wlsft.study.plan import expand_study
+from wlsft.datasets.suites import load_suite, write_checksums
+from wlsft.study.runs import train_run
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = {
@@ -177,8 +171,8 @@ def test_labels_of_a_suite(data, tmp_path, method):
 
 def test_rows_do_not_depend_on_workers(data, small):
     suite = load_suite("imagenet", data, 160)
-    from wlsft.encoders import load_encoder
-    from wlsft.features import extract_features
+    from wlsft.models.encoders import load_encoder
+    from wlsft.models.features import extract_features
 
     few = suite.images[suite.sets["id-test"]]
     encoder = load_encoder(small["encoder"], data)

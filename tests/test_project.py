@@ -1,6 +1,7 @@
-"What holds the project together: parameter cells, dependency lists, sizes, and a study's graph."
+"What holds the project together: rooms and imports, parameter cells, outputs, dependencies, studies."
 
-import importlib
+import ast
+import json
 import re
 import shutil
 import subprocess
@@ -8,15 +9,27 @@ import sys
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import pytest
 import yaml
-from wlsft.study import notebook_parameters
+from wlsft.build.book import ROOMS, book, contents, sidebar
+from wlsft.build.outputs import check_outputs
+from wlsft.study.notebooks import notebook_parameters
+from wlsft.study.plan import expand_study, study_plan
+from wlsft.study.schema import all_parameters, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAPTERS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
-BUILD = sorted((ROOT / "nbs/build").glob("*.ipynb"))
+NBS = ROOT / "nbs"
+SPINE = sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
+PARAMETERISED = SPINE + sorted(NBS.glob("build/*.ipynb")) + sorted(NBS.glob("reports/*.ipynb"))
+BOOK = [NBS / chapter.path for chapter in book()]
+TABLES_ONLY = ("reports/plots", "reports/tables")  # rooms of functions without parameters of their own
+
+
+def name_of(path):
+    return path.relative_to(NBS).with_suffix("").as_posix()
 
 
 def settings():
@@ -25,33 +38,158 @@ def settings():
     return cfg["DEFAULT"]
 
 
-@pytest.mark.parametrize("path", CHAPTERS + BUILD, ids=lambda p: p.stem)
-def test_one_tagged_parameter_cell_of_literals(path):
-    assert notebook_parameters(path)  # raises unless exactly one cell is tagged and all values are literals
-
-
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
-def test_chapter_is_a_chapter(path):
+def has_parameters(path):
     cells = nbformat.read(path, as_version=4).cells
-    assert cells[0].source.startswith("# ") and "\n> " in cells[0].source
-    for word in ("**Question.**", "**Method.**", "**What you will see.**"):
-        assert (
-            word in cells[1].source
-        )  # a cell of its own: nbdev's site drops what follows the summary in the title's cell
-    exported = [c.source.count("\n") + 1 for c in cells if c.source.startswith("#| export")]
-    assert max(exported, default=0) <= 60 and (
-        exported or path.stem in ("09_rivals", "10_benchmarks", "11_your_own")
-    )  # which only report or use
-    words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown")
-    lines = sum(c.source.count("\n") + 1 for c in cells if c.cell_type == "code")
-    assert words > 1.5 * lines
+    return any("parameters" in cell.metadata.get("tags", []) for cell in cells)
+
+
+# Rooms and imports
+
+
+FLOORS = [
+    {"core"},
+    {"datasets"},
+    {"models"},
+    {"adapters", "interpolation"},
+    {"losses", "evaluation"},
+    {"train", "knn_eval"},
+    {"lp_ft"},
+    {"flyp"},
+    {"study"},
+    {"reports"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imported_rooms(module):
+    "Rooms whose names a module imports, with absolute names."
+    package = module.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(module.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        base = package[: len(package) - node.level + 1] if node.level else ()
+        parts = [*base, *(node.module or "").split(".")]
+        if parts[0] == "wlsft" and len(parts) > 1:
+            yield parts[1]
+
+
+MODULES = sorted(p for p in (ROOT / "wlsft").rglob("*.py") if not p.name.startswith("_"))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_go_down(module):
+    room = module.relative_to(ROOT / "wlsft").with_suffix("").parts[0]
+    for other in imported_rooms(module):
+        if room == "theory":
+            assert other == "core"
+        elif room != "build" and other != room:
+            assert FLOOR[other] < FLOOR[room], f"{room} imports {other}"
+
+
+def test_every_number_stands_once_and_every_notebook_has_a_place():
+    numbers = [path.name.partition("_")[0] for path in NBS.glob("[0-9]*.ipynb")]
+    assert len(numbers) == len(set(numbers))
+    placed = {path for path in NBS.rglob("*.ipynb") if not re.search(r"/[._]", str(path))}
+    assert placed == {*BOOK, NBS / "index.ipynb"}
+    assert set(ROOMS) == {path.parent.name for path in placed if path.parent != NBS}
+
+
+def test_sidebar_and_index_have_the_order_of_the_files():
+    assert (NBS / "sidebar.yml").read_text() == sidebar()
+    outputs = [cell.get("outputs", []) for cell in nbformat.read(NBS / "index.ipynb", as_version=4).cells]
+    shown = [out["data"].get("text/markdown", "") for cell in outputs for out in cell if "data" in out]
+    assert contents() in shown
+
+
+# Notebooks
+
+
+@pytest.mark.parametrize("path", PARAMETERISED, ids=name_of)
+def test_one_tagged_parameter_cell_of_literals(path):
+    if name_of(path) not in TABLES_ONLY and (path.parent.name != "reports" or has_parameters(path)):
+        assert notebook_parameters(
+            path
+        )  # raises unless exactly one cell is tagged and all values are literals
+
+
+@pytest.mark.parametrize("path", BOOK, ids=name_of)
+def test_a_chapter_says_what_it_does(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert re.match(r"# [^\n]+\n\n> [^\n]+", cells[0].source)
+    if path in SPINE:
+        for word in ("**Question.**", "**Method.**", "**What you will see.**"):
+            assert word in cells[1].source  # in a cell of its own: the site drops what follows the summary
+
+
+@pytest.mark.parametrize("path", [NBS / "000_tour.ipynb", *SPINE], ids=name_of)
+def test_a_code_host_shows_the_book(path):
+    nb = nbformat.read(path, as_version=4)
+    visible = [cell for cell in nb.cells if cell.cell_type == "code" and cell.outputs]
+    assert len(visible) >= 4
+    assert any("image/png" in output.get("data", {}) for cell in visible for output in cell.outputs)
+    check_outputs(nb, path.name)
+
+
+def links(path):
+    "Links and images of a notebook's texts and outputs."
+    for cell in nbformat.read(path, as_version=4).cells:
+        texts = [cell.source] if cell.cell_type == "markdown" else []
+        for output in cell.get("outputs", []):
+            texts.append("".join(output.get("data", {}).get("text/markdown", "")))
+        for text in texts:
+            yield from re.findall(r"\]\(([^)\s]+)", re.sub(r"```.*?```", "", text, flags=re.S))
+
+
+@pytest.mark.parametrize("path", [NBS / "index.ipynb", *BOOK], ids=name_of)
+def test_links_lead_somewhere(path):
+    for link in links(path):
+        if not re.match(r"[a-z]+:|#", link):
+            assert (path.parent / unquote(link.partition("#")[0])).exists(), link
 
 
 def test_nbdev_clean_keeps_the_parameters_tag(tmp_path):
-    copy = tmp_path / CHAPTERS[0].name
-    copy.write_bytes(CHAPTERS[0].read_bytes())
+    copy = tmp_path / SPINE[0].name
+    copy.write_bytes(SPINE[0].read_bytes())
     subprocess.run(["nbdev_clean", "--fname", str(copy)], cwd=ROOT, check=True)
-    assert notebook_parameters(copy) == notebook_parameters(CHAPTERS[0])
+    assert notebook_parameters(copy) == notebook_parameters(SPINE[0])
+
+
+# The schema of runs
+
+
+NOT_OF_A_RUN = {"device", "data", "runs", "query_stride"}
+CHAPTERS = {
+    "03_train": ["WLSFT"],
+    "06_lp_ft": ["LP-FT", "FT", "LP"],
+    "07_flyp": ["FLYP", "L2-SP", "FT", "LP-FT", "LP"],
+}
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_has_the_parameters_of_its_methods(chapter):
+    cell = notebook_parameters(NBS / f"{chapter}.ipynb")
+    known = all_parameters(CHAPTERS[chapter])
+    assert set(cell) - NOT_OF_A_RUN == set(known)
+    for name, defaults in known.items():
+        assert cell[name] in defaults, name
+    main = resolve(dict(method=cell["method"], adapter=cell["adapter"], encoder=cell["encoder"]))
+    assert main == {name: cell[name] for name in main}
+
+
+STUDIES = sorted(p.stem for p in (NBS / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_is_made_of_known_parameters(study):
+    path = NBS / f"studies/{study}.yaml"
+    runs = expand_study(path, 2)
+    if study in ("imagenet20k", "cc20k", "coco10k"):
+        assert len(runs) > 10  # names need the files: tests/test_photographs.py
+    else:
+        assert len(study_plan(path, 2)) == len(runs)
+
+
+# Dependencies, sizes, types
 
 
 def test_environment_yml_names_the_same_dependencies():
@@ -61,101 +199,53 @@ def test_environment_yml_names_the_same_dependencies():
 
 
 def test_constraints_pin_every_dependency():
-    pins = {
-        re.split("==", line)[0].lower().replace("_", "-")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if "==" in line
-    }
-    wanted = " ".join(
-        settings()[k] for k in ("requirements", "dev_requirements", "bench_requirements")
-    ).split()
-    assert {re.split("[<>=]", w)[0].lower().replace("_", "-") for w in wanted} <= pins
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
+    kinds = ("requirements", "dev_requirements", "bench_requirements")
+    wanted = " ".join(settings()[kind] for kind in kinds).split()
+    assert {re.split("[<>=]", name)[0].lower().replace("_", "-") for name in wanted} <= pins
 
 
 def test_sizes_in_git():
-    files = [
-        ROOT / f
-        for f in subprocess.run(
-            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-    ]
-    sizes = {f: f.stat().st_size for f in files if f.is_file()}
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    sizes = {f: (ROOT / f).stat().st_size for f in done.stdout.splitlines() if (ROOT / f).is_file()}
     assert max(sizes.values()) < 15e6 and sum(sizes.values()) < 100e6
 
 
 def test_every_figure_has_its_table():
     for png in (ROOT / "figures").rglob("*.png"):
-        assert png.with_suffix(".csv").is_file() or png.stem == "contact_sheet", png
+        assert png.with_suffix(".csv").is_file() or png.stem in ("contact_sheet", "method"), png
 
 
-@pytest.mark.parametrize("study", sorted(p.stem for p in (ROOT / "nbs/studies").glob("*.yaml")))
-def test_study_expands_to_known_parameters(study):
-    from wlsft.flyp import run_name_of, settled
-    from wlsft.interpolation import SWEEP, resolve_sweep
-    from wlsft.pairs import DISK_CORPORA
-    from wlsft.study import _lean, check_parameters, expand_study
-
-    runs, names = expand_study(ROOT / f"nbs/studies/{study}.yaml", 2), set()
-    for run in runs:
-        chapter, known = settled(
-            {k: v for k, v in run.items() if k not in SWEEP or k == "suite" and "method" in run}
-        )
-        check_parameters(known, notebook_parameters(ROOT / f"nbs/{chapter}.ipynb"))
-        _lean(ROOT / f"nbs/{chapter}.ipynb", known)  # refuses what only a demonstration would use
-        resolve_sweep({k: v for k, v in run.items() if k in SWEEP})
-        names.add(
-            str(known) if study in DISK_CORPORA else run_name_of(known)
-        )  # names need the files: tests/test_photographs.py
-    assert len(names) == len(runs)
+def test_types_agree():
+    done = subprocess.run([sys.executable, "-m", "mypy", "wlsft"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]
 
 
-@pytest.mark.parametrize(
-    "chapter, module, name, other",
-    [
-        ("03_train", "train", "DEFAULTS", set()),
-        ("06_lp_ft", "lp_ft", "CLASSIFIER", {"strengths"}),
-        ("07_flyp", "flyp", "FLYP", {"strengths"}),
-    ],
-)
-def test_chapter_defaults_are_the_library_defaults(chapter, module, name, other):
-    library, defaults = (
-        getattr(importlib.import_module(f"wlsft.{module}"), name),
-        notebook_parameters(ROOT / f"nbs/{chapter}.ipynb"),
-    )
-    assert {k for k in library if k in defaults and defaults[k] != library[k]} == other
-    assert "adapter" in library and "adapter" in defaults
-
-
-def test_exported_code_is_lint_free_and_its_types_agree():
-    for command in (["ruff", "check", "wlsft", "tests"], ["mypy", "wlsft"]):
-        done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]
+def test_records_of_shipped_runs_are_resolved():
+    for record in (ROOT / "data/runs").glob("*/run.json"):
+        p = json.loads(record.read_text())["parameters"]
+        assert {name: resolve(p)[name] for name in p} == p
 
 
 def test_wheel_imports_without_the_notebooks(tmp_path):
     source = tmp_path / "source"
+    files = ["wlsft", "setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE"]
     tracked = subprocess.run(
-        ["git", "ls-files", "wlsft", "setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
+        ["git", "ls-files", *files], cwd=ROOT, capture_output=True, text=True, check=True
     )
     for f in tracked.stdout.split():
         (source / f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / f, source / f)
-    subprocess.run(
-        [sys.executable, "-m", "uv", "build", "--wheel", "--quiet", "--out-dir", str(tmp_path), str(source)],
-        check=True,
-    )
+    build = ["uv", "build", "--wheel", "--quiet", "--out-dir", str(tmp_path), str(source)]
+    subprocess.run([sys.executable, "-m", *build], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    modules = sorted(p.stem for p in (tmp_path / "site/wlsft").glob("*.py") if not p.stem.startswith("_"))
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        + "".join(f"import wlsft.{m}\n" for m in modules)
-        + "print(wlsft.__file__)"
-    )
+    site = tmp_path / "site"
+    paths = sorted(p for p in (site / "wlsft").rglob("*.py") if not p.name.startswith("_"))
+    modules = [".".join(p.relative_to(site).with_suffix("").parts) for p in paths]
+    code = f"import sys; sys.path.insert(0, {str(site)!r})\n" + "\n".join(f"import {m}" for m in modules)
+    code += "\nprint(sys.modules['wlsft'].__file__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stderr[-2000:]
-    assert len(modules) > 25
+    assert len(modules) > 40

@@ -1,4 +1,5 @@
 "The rules of the house that a reader can feel: width, one thought a statement, cell and module sizes, plain prose."
+
 import ast
 import json
 import re
@@ -130,9 +131,16 @@ def test_ruff(command):
 
 
 def test_no_line_needs_scrolling():
-    wide = [f"{name_of(p)}: {line[:60]}" for p in MODULES for line in p.read_text().split("\n") if len(line) > 110]
+    wide = [
+        f"{name_of(p)}: {line[:60]}" for p in MODULES for line in p.read_text().split("\n") if len(line) > 110
+    ]
     for path in NOTEBOOKS:
-        wide += [f"{name_of(path)}: {line[:60]}" for c in cells_of(path) for line in c.split("\n") if len(line) > 110]
+        wide += [
+            f"{name_of(path)}: {line[:60]}"
+            for c in cells_of(path)
+            for line in c.split("\n")
+            if len(line) > 110
+        ]
     assert not wide, wide
 
 

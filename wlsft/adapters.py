@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['ADAPTERS', 'register_adapter', 'Adapter', 'Full', 'adapt', 'FiLMLayer', 'film_targets', 'FiLM', 'TokenReplay']
 
-# %% ../nbs/01_adapters.ipynb #c243c4f0
+# %% ../nbs/01_adapters.ipynb #ab41ee0f
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from .models.replay import MEMORY_SOURCES, ReplayAttention, make_memory
 
 from .core.params import ParameterError, check_choice, check_range
 from .datasets.images import ImageFiles
 from .models.base import Encoder
+from .models.replay import MEMORY_SOURCES, ReplayAttention, make_memory
 from .models.sites import adapter_sites, as_tokens, is_vit_block, record_tokens, site_names, site_widths
 
-# %% ../nbs/01_adapters.ipynb #0ab73958
+# %% ../nbs/01_adapters.ipynb #e9d315e7
 ADAPTERS: dict[str, type["Adapter"]] = {}  # name -> class; filled by `register_adapter`
 
 
@@ -27,7 +27,7 @@ def register_adapter(cls: type["Adapter"]) -> type["Adapter"]:
     ADAPTERS[cls.name] = cls
     return cls
 
-# %% ../nbs/01_adapters.ipynb #d1600b92
+# %% ../nbs/01_adapters.ipynb #bafba5e5
 class Adapter:
     "Extra parameters that leave an encoder's function unchanged before training."
 
@@ -64,7 +64,7 @@ class Adapter:
         "Does this parameter train?"
         return self.owns(key)
 
-# %% ../nbs/01_adapters.ipynb #ff657319
+# %% ../nbs/01_adapters.ipynb #29b7bc89
 @register_adapter
 class Full(Adapter):
     "Full fine-tuning: nothing is added, everything trains."
@@ -77,7 +77,7 @@ class Full(Adapter):
     def trains(self, key):
         return True
 
-# %% ../nbs/01_adapters.ipynb #9846643c
+# %% ../nbs/01_adapters.ipynb #96aadfa8
 def adapt(
     encoder: Encoder,  # changed in place
     adapter: Adapter,  # such as `FiLM()`
@@ -90,7 +90,7 @@ def adapt(
         parameter.requires_grad_(adapter.trains(key))
     return encoder
 
-# %% ../nbs/01_adapters.ipynb #251b0dc9
+# %% ../nbs/01_adapters.ipynb #3a9beac6
 class FiLMLayer(nn.Module):
     "Scale and shift of channels, `(D,)` each; the identity at the start."
 
@@ -114,7 +114,7 @@ class FiLMLayer(nn.Module):
 def _apply_film(module, args, out):
     return module.film(out)
 
-# %% ../nbs/01_adapters.ipynb #611e5378
+# %% ../nbs/01_adapters.ipynb #d55ded37
 def film_targets(
     encoder: Encoder,  # a timm model, or an image-text model
     blocks: Sequence[int] = (),  # indices of sites; empty: all
@@ -131,7 +131,7 @@ def film_targets(
                 found[f"{scope}.{key}"] = (module, getattr(module, "drop", module))
     return found
 
-# %% ../nbs/01_adapters.ipynb #dd4388ca
+# %% ../nbs/01_adapters.ipynb #52b14f62
 @register_adapter
 class FiLM(Adapter):
     "A scale and a shift after every norm of the chosen blocks; folds into the norms."
@@ -169,7 +169,7 @@ class FiLM(Adapter):
                     del slot._forward_hooks[handle]
         return encoder
 
-# %% ../nbs/01_adapters.ipynb #cd888558
+# %% ../nbs/01_adapters.ipynb #44332242
 def _apply_replay(module, args):
     return (module.replay(args[0]), *args[1:])
 
@@ -185,7 +185,7 @@ def _site_before(encoder: Encoder, name: str) -> str:
         raise ParameterError(f"memory_source = 'depth' needs an earlier site; {name} is the first")
     return order[order.index(name) - 1]
 
-# %% ../nbs/01_adapters.ipynb #a7dc7875
+# %% ../nbs/01_adapters.ipynb #33dd3bba
 @register_adapter
 class TokenReplay(Adapter):
     "Cross-attention at a block's entrance to tokens recorded from the frozen encoder."
@@ -198,9 +198,9 @@ class TokenReplay(Adapter):
         *,
         memory_source: str = "recorded",  # recorded, learned, register, gaussian or depth
         memory_size: int = 64,  # tokens recorded a site
-        rank: int = 64,  # bottleneck width; a multiple of heads
+        rank: int = 64,  # bottleneck width, a multiple of heads
         heads: int = 4,  # that share the bottleneck
-        blocks: Sequence[int] = (),  # sites that are adapted; empty: the last two thirds
+        blocks: Sequence[int] = (),  # adapted sites; empty: the last two thirds
     ):
         check_choice("memory_source", memory_source, MEMORY_SOURCES)
         check_range("rank", rank, heads, 4096, integer=True)
@@ -212,24 +212,25 @@ class TokenReplay(Adapter):
         self.variant = "" if memory_source == "recorded" else memory_source
 
     def attach(self, encoder, images=None, seed=0):
-        everywhere = site_names(encoder)
-        names = site_names(encoder, self.blocks) if self.blocks else everywhere[len(everywhere) // 3 :]
-        tokens = record_tokens(encoder, images, names, seed=seed)
-        memories = {}
-        for name, recorded in tokens.items():
-            memories[name] = make_memory(recorded, self.memory_source, self.memory_size, seed)
-        return self.attach_memories(encoder, memories, seed)
+        return _attach_replay(encoder, _memories(encoder, images, self, seed), self, seed)
 
     def rebuild(self, encoder, saved):
         replayed = [name for name in adapter_sites(encoder) if f"{name}.replay.q.weight" in saved]
         memories = {name: saved.get(f"{name}.replay.memory") for name in replayed}
-        return self.attach_memories(encoder, memories)
+        return _attach_replay(encoder, memories, self, 0)
 
-    def attach_memories(self, encoder, memories, seed=0):
-        "Attach a `ReplayAttention` at each site of `memories`: site -> (m, D), or None for the site before."
-        return _attach_replay(encoder, memories, self, seed)
+# %% ../nbs/01_adapters.ipynb #0407b092
+def _memories(encoder: Encoder, images, adapter: "TokenReplay", seed: int) -> dict[str, torch.Tensor | None]:
+    "What is replayed at each site, from one pass of the encoder over the images."
+    names = site_names(encoder, adapter.blocks)
+    if not adapter.blocks:
+        names = names[len(names) // 3 :]
+    found = {}
+    for name, tokens in record_tokens(encoder, images, names, seed=seed).items():
+        found[name] = make_memory(tokens, adapter.memory_source, adapter.memory_size, seed)
+    return found
 
-# %% ../nbs/01_adapters.ipynb #a20fe657
+# %% ../nbs/01_adapters.ipynb #7d715c5c
 def _attach_replay(encoder: Encoder, memories: dict, adapter: TokenReplay, seed: int) -> Encoder:
     "Hang a `ReplayAttention` on each site; new weights come from a generator of their own."
     sites = adapter_sites(encoder)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['prompt_tokens', 'flyp_objective', 'FLYP', 'l2_sp', 'L2SP']
 
-# %% ../nbs/07_flyp.ipynb #73b60f2e
+# %% ../nbs/07_flyp.ipynb #77a7040b
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,7 @@ from .models.loop import Objective, checkpointed
 from .models.text import prompt_templates
 from .train import Method, Task, load_training, register_method
 
-# %% ../nbs/07_flyp.ipynb #8e183f82
+# %% ../nbs/07_flyp.ipynb #d373a9e1
 def prompt_tokens(
     model: ImageText,
     classes: Sequence[str],  # C class names as they are read
@@ -28,9 +29,10 @@ def prompt_tokens(
 ) -> torch.Tensor:  # int64 (C, T, L)
     "Tokens of every prompt."
     made = check_prompts(classes, templates)
-    return torch.stack([model.tokenizer([template(c) for template in made]) for c in classes])
+    prompts = [template(name) for name, template in itertools.product(classes, made)]
+    return model.tokenizer(prompts).unflatten(0, (len(classes), len(made)))
 
-# %% ../nbs/07_flyp.ipynb #5d8bd87c
+# %% ../nbs/07_flyp.ipynb #3f171513
 def flyp_objective(
     model: ImageText,  # both towers and the scale
     labels: torch.Tensor,  # int64 (N,)
@@ -53,10 +55,10 @@ def flyp_objective(
 
     return loss
 
-# %% ../nbs/07_flyp.ipynb #e161fee6
+# %% ../nbs/07_flyp.ipynb #72747cf1
 @register_method
 class FLYP(Method):
-    "Contrastive tuning on class prompts; both towers and the scale train (Goyal et al. 2022)."
+    "Contrastive tuning of both towers on class prompts (Goyal et al. 2022)."
 
     name = "FLYP"
     reads = "suite"
@@ -68,8 +70,8 @@ class FLYP(Method):
     def __init__(
         self,
         *,
-        collisions: str = "negatives",  # same-class pairs: negatives (published), positives or ignored
-        micro_batch_size: int = 0,  # rows whose activations are held at once; 0: the whole batch
+        collisions: str = "negatives",  # same-class pairs: negatives, positives or ignored
+        micro_batch_size: int = 0,  # rows whose activations are held at once; 0: all
     ):
         check_choice("collisions", collisions, COLLISIONS)
         self.collisions = collisions
@@ -78,8 +80,8 @@ class FLYP(Method):
 
     def task(self, encoder, sources):
         suite, rows, images, views = load_training(sources.suite, encoder, sources.root)
-        names = suite.class_names
-        return Task(images, nn.Identity(), suite.labels[rows], views=views, class_names=names)
+        labels = suite.labels[rows]
+        return Task(images, nn.Identity(), labels, views=views, class_names=suite.class_names)
 
     def objective(self, encoder, task):
         tokens = prompt_tokens(encoder, task.class_names, prompt_templates())
@@ -91,7 +93,7 @@ class FLYP(Method):
     def classifier(self, encoder, heads, alpha, class_names):
         return zero_shot_head(encoder, class_names, prompt_templates())
 
-# %% ../nbs/07_flyp.ipynb #9deca883
+# %% ../nbs/07_flyp.ipynb #67c79b3a
 def l2_sp(
     model: nn.Module,  # where it is now is its start
     objective: Objective,
@@ -107,7 +109,7 @@ def l2_sp(
 
     return loss
 
-# %% ../nbs/07_flyp.ipynb #e556afcb
+# %% ../nbs/07_flyp.ipynb #9884d99d
 @register_method
 class L2SP(FT):
     "FT with a penalty on the distance from the start, in place of weight decay (Li et al. 2018)."

@@ -15,16 +15,16 @@ from .models.sites import adapter_sites, is_vit_block
 
 # %% ../nbs/02_losses.ipynb #665824af
 def contrastive_loss(
-    image: torch.Tensor,  # (N, E); rows are normalised here
-    text: torch.Tensor,  # (N, E); row i is the partner of image i; rows are normalised here
+    image: torch.Tensor,  # (N, E), normalised here
+    text: torch.Tensor,  # (N, E), normalised here; row i is the partner of image i
     scale: torch.Tensor | float,  # multiplies the cosines; CLIP starts at 1 / 0.07
     group: torch.Tensor | None = None,  # int (N,): equal numbers share a text; None: plain CLIP
-    collisions: str = "positives",  # what colliding pairs are: `positives` or `ignored`
+    collisions: str = "positives",  # or `ignored`
 ) -> torch.Tensor:  # a scalar
     """Symmetric contrastive loss (Radford et al. 2021).
 
-    With `group` it is the KL divergence from uniform over all positives (UniCL less its constant), or CLIP's
-    loss without the colliding pairs. Raises `ParameterError` unless both are (N, E) with N > 1."""
+    With `group`, KL from uniform over all positives (UniCL less its constant), or without colliding pairs.
+    Raises `ParameterError` for other shapes."""
     if image.shape != text.shape or len(image) < 2:
         shapes = f"{tuple(image.shape)} and {tuple(text.shape)}"
         raise ParameterError(f"need two (N, E) tensors with N > 1, got {shapes}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['class_objective', 'fit_head', 'zero_shot_start', 'FT', 'label_task', 'LPFT', 'LP']
 
-# %% ../nbs/06_lp_ft.ipynb #bbea9578
+# %% ../nbs/06_lp_ft.ipynb #56174f33
 import functools
 
 import numpy as np
@@ -25,7 +25,7 @@ from .models.loop import Objective
 from .models.text import prompt_templates
 from .train import Method, Sources, Task, load_training, register_method
 
-# %% ../nbs/06_lp_ft.ipynb #4c315e4a
+# %% ../nbs/06_lp_ft.ipynb #092d4d68
 def class_objective(
     head: nn.Linear,  # trained too
     labels: torch.Tensor,  # int64 (N,)
@@ -33,7 +33,7 @@ def class_objective(
     "Cross-entropy of the head's scores with the labels, as an objective for `finetune`."
     return lambda feature, rows, generator: F.cross_entropy(head(feature), labels[rows].to(feature.device))
 
-# %% ../nbs/06_lp_ft.ipynb #b7b565d2
+# %% ../nbs/06_lp_ft.ipynb #64dd194f
 def fit_head(
     encoder: Encoder,  # frozen
     suite: Suite,
@@ -48,7 +48,7 @@ def fit_head(
     grid = np.logspace(-6, 5, c_values)
     return fit_probe(features, labels, len(suite.classes), "logistic", grid, suite.concepts[rows], seed)
 
-# %% ../nbs/06_lp_ft.ipynb #543777bb
+# %% ../nbs/06_lp_ft.ipynb #94cc4bbd
 def zero_shot_start(
     model: ImageText,
     class_names: list[str],
@@ -58,7 +58,7 @@ def zero_shot_start(
     scale = model.clip.logit_scale.exp().item()
     return dict(weight=head["weight"] * scale, bias=head["bias"])
 
-# %% ../nbs/06_lp_ft.ipynb #a175aa8a
+# %% ../nbs/06_lp_ft.ipynb #24b60fd6
 @register_method
 class FT(Method):
     "Cross-entropy from a random head, or from the zero-shot classifier of an image-text model."
@@ -66,7 +66,7 @@ class FT(Method):
     name = "FT"
     reads = "suite"
     defaults = dict(encoder="vit_tiny_emojishift")
-    loop = dict(lr=3e-4)
+    loop: dict | None = dict(lr=3e-4)
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class FT(Method):
     def classifier(self, encoder, heads, alpha, class_names):
         return interpolate(*heads, alpha)
 
-# %% ../nbs/06_lp_ft.ipynb #5416a406
+# %% ../nbs/06_lp_ft.ipynb #954212a3
 def label_task(
     method: FT,
     encoder: Encoder,  # frozen
@@ -112,7 +112,7 @@ def label_task(
     method.start(encoder, task, probe)
     return task
 
-# %% ../nbs/06_lp_ft.ipynb #6385994e
+# %% ../nbs/06_lp_ft.ipynb #81e3d0aa
 @register_method
 class LPFT(FT):
     "Cross-entropy from the head of a linear probe (Kumar et al. 2022)."
@@ -133,7 +133,7 @@ class LPFT(FT):
         task.head.load_state_dict(dict(weight=fitted.weight, bias=fitted.bias))
         task.record["probe_C"] = fitted.C
 
-# %% ../nbs/06_lp_ft.ipynb #65b554ec
+# %% ../nbs/06_lp_ft.ipynb #89f9a7ae
 @register_method
 class LP(LPFT):
     "A linear probe: the encoder is frozen, the head is a logistic regression."

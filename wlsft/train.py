@@ -6,7 +6,7 @@
 __all__ = ['Head', 'Heads', 'METHODS', 'PairHead', 'pair_objective', 'consistency_penalty', 'Sources', 'Task', 'register_method',
            'Method', 'WLSFT', 'load_training']
 
-# %% ../nbs/03_train.ipynb #a6f75661
+# %% ../nbs/03_train.ipynb #cecbc3d2
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -32,7 +32,7 @@ from .models.features import extract_features
 from .models.loop import Objective, finetune
 from .models.text import TextEmbeddings, embed_texts, prompt_templates
 
-# %% ../nbs/03_train.ipynb #745c3b56
+# %% ../nbs/03_train.ipynb #eb9539c1
 class PairHead(nn.Module):
     "A linear map from features to the text tower's space, and the logarithm of the loss's scale."
 
@@ -51,7 +51,7 @@ class PairHead(nn.Module):
         "`(N, D)` features to `(N, E)`."
         return F.linear(feature, self.weight, self.bias)
 
-# %% ../nbs/03_train.ipynb #ca30cdb6
+# %% ../nbs/03_train.ipynb #19276e16
 def pair_objective(
     head: PairHead,  # trained too
     pairs: PairCorpus,  # images with groups
@@ -71,7 +71,7 @@ def pair_objective(
 
     return loss
 
-# %% ../nbs/03_train.ipynb #0d7185cb
+# %% ../nbs/03_train.ipynb #29db67d5
 def consistency_penalty(
     encoder: Encoder,  # with token replay of recorded tokens
     weight: float,  # 0: no penalty
@@ -86,7 +86,7 @@ def consistency_penalty(
         frozen = block_outputs(encoder, memories)
     return lambda: weight * replay_consistency(encoder, memories, frozen)
 
-# %% ../nbs/03_train.ipynb #e5d6befb
+# %% ../nbs/03_train.ipynb #fcab0ff1
 @dataclass(frozen=True)
 class Sources:
     "Where a method's data come from."
@@ -113,7 +113,7 @@ class Task:
     head_0: dict[str, torch.Tensor] | None = None  # classifier at alpha = 0, where it is not the head's start
     record: dict[str, Any] = field(default_factory=dict)  # for `run.json`
 
-# %% ../nbs/03_train.ipynb #348821cb
+# %% ../nbs/03_train.ipynb #bfc3463d
 Head = dict[str, torch.Tensor]  # weight (C, D) and bias (C,)
 Heads = tuple[Head, Head]  # at alpha 0 and 1
 METHODS: dict[str, type["Method"]] = {}  # name -> class; filled by `register_method`
@@ -124,25 +124,25 @@ def register_method(cls: type["Method"]) -> type["Method"]:
     METHODS[cls.name] = cls
     return cls
 
-# %% ../nbs/03_train.ipynb #e9cef03c
+# %% ../nbs/03_train.ipynb #c2d35013
 class Method:
-    "What is learned from what. The keywords of `__init__` are its parameters."
+    "What is learned from what; the keywords of `__init__` are its parameters."
 
     name: str = ""  # how studies call it
     reads: str = "corpus"  # or "suite"
     needs: str = "encoder"  # or "image-text"
-    supervision: str = "labels"  # or "prompts", where it reads a suite
-    adapter: str = "full"  # the default adapter
-    defaults: dict[str, Any] = {}  # of encoder, corpus and suite
-    loop: dict[str, Any] | None = {}  # over `finetune`'s; None: no such option, or no steps at all
+    supervision: str = "labels"  # or "prompts", of a suite
+    adapter: str = "full"  # by default
+    defaults: dict[str, Any] = {}  # of encoder, corpus, suite
+    loop: dict[str, Any] | None = {}  # over `finetune`'s; None: unused
     batch_norm: str = "frozen"  # or "running"
-    variant: str = ""  # for tables, where options define another method
+    variant: str = ""  # for tables, where options matter
 
     def check(self, adapter: Adapter) -> None:
-        "Raises `ParameterError` for an adapter that does not go with the options."
+        "Raises `ParameterError` if it does not fit."
 
     def task(self, encoder: Encoder, sources: Sources) -> Task:
-        "Load the data and make the head, before the adapter is attached."
+        "Data and head, before adapting."
         raise NotImplementedError
 
     def objective(self, encoder: Encoder, task: Task) -> Objective:
@@ -154,18 +154,18 @@ class Method:
         return adapter.trains(key)
 
     def fit(self, encoder: Encoder, task: Task, **loop: Any) -> list[float]:
-        "Train in place; the mean loss of each epoch."
-        loss = self.objective(encoder, task)
-        return finetune(encoder, task.head, task.images, loss, views=task.views, **loop)
+        "Train in place; losses by epoch."
+        what = (encoder, task.head, task.images, self.objective(encoder, task))
+        return finetune(*what, views=task.views, **loop)
 
     def classifier(self, encoder, heads, alpha, class_names) -> Head | None:
-        "Its classifier at alpha, from the `Heads` of a run and the encoder at theta(alpha); None: k-NN only."
+        "From heads and the encoder at alpha; None: k-NN only."
         return None
 
-# %% ../nbs/03_train.ipynb #d8b2f854
+# %% ../nbs/03_train.ipynb #cba10126
 @register_method
 class WLSFT(Method):
-    "Contrastive tuning of an encoder and a linear head on weak text."
+    "Contrastive tuning on weak text."
 
     name = "WLSFT"
     adapter = "film"
@@ -198,7 +198,7 @@ class WLSFT(Method):
         penalty = consistency_penalty(encoder, self.consistency)
         return pair_objective(task.head, task.pairs, task.texts, self.collisions, penalty)
 
-# %% ../nbs/03_train.ipynb #5061aa6d
+# %% ../nbs/03_train.ipynb #2389eaf6
 def _load_pairs(encoder: Encoder, sources: Sources) -> PairCorpus:
     "The pair corpus, decoded for the encoder's input size; EmojiShift's class prompts have the simple templates."
     side = encoder.pretrained_cfg["input_size"][-1]
@@ -206,7 +206,7 @@ def _load_pairs(encoder: Encoder, sources: Sources) -> PairCorpus:
     options = (sources.root, side, sources.n_pairs, sources.seed, sources.cache, templates)
     return load_pairs(sources.corpus, *options)
 
-# %% ../nbs/03_train.ipynb #3200d0fa
+# %% ../nbs/03_train.ipynb #30f5473a
 def load_training(
     suite: str,  # see `load_suite`
     encoder: Encoder,  # whose input size the images are decoded for

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .corpora import safe_join
+from .captions import safe_join
 from .images import DatasetSource, FileSource
 from .labelled import LabelledSet, expect, register_suite
 
@@ -34,7 +34,7 @@ def _cifar10_1(root: Path) -> LabelledSet:
     images = [Image.fromarray(x) for x in pixels]
     return LabelledSet(DatasetSource(images, "CIFAR-10.1"), labels.astype(int))
 
-
+# %% ../../nbs/datasets/benchmarks.ipynb #44c21f38
 @register_suite("cifar10")
 def _cifar10(root: Path) -> tuple:
     "CIFAR-10, CIFAR-10.1 and STL-10."

@@ -37,7 +37,7 @@ class Corpus:
 
 CORPORA: dict[str, Corpus] = {}
 
-# %% ../../nbs/datasets/corpora.ipynb #7a6460fc
+# %% ../../nbs/datasets/corpora.ipynb #c847e045
 def register_corpus(name: str, n_pairs: int = 0, files: str = "", suite: str = "", prompts: bool = False):
     "Decorator that enters a reader into `CORPORA`. For the parameters see `Corpus`."
 
@@ -63,7 +63,7 @@ def imagenet_ids() -> list[str]:
 
     return ImageNetInfo("imagenet-1k").label_names()
 
-# %% ../../nbs/datasets/corpora.ipynb #5afca96f
+# %% ../../nbs/datasets/corpora.ipynb #1f27fd04
 def _images_in(folder: Path) -> list[Path]:
     return sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
 
@@ -80,7 +80,7 @@ def class_files(folder: Path) -> dict[str, list[Path]]:
         raise DataError(f"class {empty[0]!r} of {folder} has no image ({len(empty)} such classes)")
     return files
 
-# %% ../../nbs/datasets/corpora.ipynb #d9d99be1
+# %% ../../nbs/datasets/corpora.ipynb #0280d765
 def is_validation(i: int, n: int) -> bool:
     "Is the i-th of a class's n images held out for ID validation? One in fifty is; of fewer, the last."
     return i % 50 == 49 if n >= 50 else i == n - 1
@@ -198,7 +198,7 @@ def check_corpus(corpus: str) -> None:
     if not is_custom(corpus):
         check_choice("corpus", corpus, (*CORPORA, "or NAME=FILE.csv"))
 
-# %% ../../nbs/datasets/corpora.ipynb #cc5407de
+# %% ../../nbs/datasets/corpora.ipynb #91124e09
 def load_pairs(
     corpus: str,  # one of `CORPORA`, or NAME=FILE (see `custom_pairs`)
     root: str | Path = "",  # see `data_folder`
@@ -220,11 +220,10 @@ def load_pairs(
 
 # %% ../../nbs/datasets/corpora.ipynb #d0000014
 def default_suite(corpus: str) -> str:
-    "The suite that a corpus is scored on unless another is named. Empty for custom tables."
-    check_corpus(corpus)
-    return "" if is_custom(corpus) else CORPORA[corpus].suite
+    "The suite that a corpus is scored on unless another is named. Empty if it is not in `CORPORA`."
+    return CORPORA[corpus].suite if corpus in CORPORA else ""
 
-# %% ../../nbs/datasets/corpora.ipynb #0c96d3f8
+# %% ../../nbs/datasets/corpora.ipynb #8ce7a750
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 

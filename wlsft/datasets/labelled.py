@@ -116,25 +116,25 @@ def build_suite(
     trains = {s: part.train for s, part in parts.items() if part.train is not None}
     files, labels, groups, rows = _join([bank, *parts.values(), *trains.values()], size, crop)
     class_map = _class_maps(parts)
-
-    def known(rows: torch.Tensor, s: str) -> torch.Tensor:
-        "The rows whose class is in the class_map of set `s`."
-        return rows[class_map[s][labels[rows]] >= 0] if s in class_map else rows
-
     sets = dict(zip(parts, rows[1:]))
     if "id-val" not in parts:
         sets = {"id-val": torch.from_numpy(_validation_rows(bank.labels)), **sets}
-    sets = {s: known(queries, s) for s, queries in sets.items()}
-    banks = {"id": {s: known(rows[0], s) for s in sets}}
+    sets = {s: _known(queries, labels, class_map.get(s)) for s, queries in sets.items()}
+    banks = {"id": {s: _known(rows[0], labels, class_map.get(s)) for s in sets}}
     if trains:
         own = zip(trains, rows[1 + len(parts) :])
-        banks["own"] = {s: known(train_rows, s) for s, train_rows in own}
+        banks["own"] = {s: _known(train_rows, labels, class_map.get(s)) for s, train_rows in own}
     _check_not_empty(name, sets, banks["id"])
     shift = dict.fromkeys(sets, "OOD")
     shift.update({s: "ID" for s in sets if s.startswith("id-")})
     return Suite(name, files, labels, groups, classes, sets, shift, banks, class_map)
 
 # %% ../../nbs/datasets/labelled.ipynb #4c0613c9
+def _known(rows: torch.Tensor, labels: torch.Tensor, class_map: torch.Tensor | None) -> torch.Tensor:
+    "The rows whose class is in the class map, or all rows without one."
+    return rows if class_map is None else rows[class_map[labels[rows]] >= 0]
+
+
 def _check_not_empty(name: str, sets: dict[str, torch.Tensor], bank: dict[str, torch.Tensor]) -> None:
     "Raise `DataError` for the first set without queries, or whose bank is empty."
     for s, queries in sets.items():

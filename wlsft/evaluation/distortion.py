@@ -65,7 +65,7 @@ def block_features(
             hook.remove()
     return {site: torch.cat(parts) for site, parts in found.items()}
 
-# %% ../../nbs/evaluation/distortion.ipynb #83746a1f
+# %% ../../nbs/evaluation/distortion.ipynb #1bbda1c5
 def distortion(
     before: dict[str, torch.Tensor],  # from `block_features` of one encoder
     after: dict[str, torch.Tensor],  # of another, for the same images

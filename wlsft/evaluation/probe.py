@@ -35,6 +35,25 @@ def ridge_regression(
     weight = torch.linalg.solve(gram + penalty, (x - x_mean).T @ (y - y_mean)).T
     return weight.float(), (y_mean - weight @ x_mean).float()
 
+# %% ../../nbs/evaluation/probe.ipynb #3824dff1
+def _normal_equations(features, target, classes, rows, scale):
+    "Means of standardised features and +-1 targets, and the products Z'Z and Y'Z after centring."
+    mean, std = scale[0].double(), scale[1].double()
+    width = features.shape[1]
+    offset = torch.zeros(width, dtype=torch.float64)
+    for _, x in row_batches(features, rows):
+        offset += ((x.double() - mean) / std).sum(0)
+    offset /= len(rows)
+    target_mean = 2 * torch.bincount(target, minlength=classes).double() / len(rows) - 1
+    gram = torch.zeros(width, width, dtype=torch.float64)
+    cross = torch.zeros(classes, width, dtype=torch.float64)
+    for part, x in row_batches(features, rows):
+        z = (x.double() - mean) / std - offset
+        signs = 2.0 * F.one_hot(target[part], classes).double() - 1
+        gram += z.T @ z
+        cross += (signs - target_mean).T @ z
+    return offset, target_mean, gram, cross
+
 # %% ../../nbs/evaluation/probe.ipynb #22728e35
 def ridge_path(
     features: np.ndarray,  # (N, D), may be a memory map
@@ -44,23 +63,10 @@ def ridge_path(
     scale: tuple[torch.Tensor, torch.Tensor] | None = None,  # from `mean_std`; None: that of `rows`
 ) -> Iterator[np.ndarray]:  # for each penalty (K, D + 1), bias last, on standardised features
     "One-against-rest ridge classifiers from one eigendecomposition, in double precision."
-    mean, std = scale or mean_std(features, rows)
-    mean, std = mean.double(), std.double()
+    scale = scale or mean_std(features, rows)
     present, position = np.unique(labels[rows], return_inverse=True)
     target = torch.as_tensor(position)
-    width = features.shape[1]
-    offset = torch.zeros(width, dtype=torch.float64)
-    for _, x in row_batches(features, rows):
-        offset += ((x.double() - mean) / std).sum(0)
-    offset /= len(rows)
-    target_mean = 2 * torch.bincount(target, minlength=len(present)).double() / len(rows) - 1
-    gram = torch.zeros(width, width, dtype=torch.float64)
-    cross = torch.zeros(len(present), width, dtype=torch.float64)
-    for part, x in row_batches(features, rows):
-        z = (x.double() - mean) / std - offset
-        signs = 2.0 * F.one_hot(target[part], len(present)).double() - 1
-        gram += z.T @ z
-        cross += (signs - target_mean).T @ z
+    offset, target_mean, gram, cross = _normal_equations(features, target, len(present), rows, scale)
     values, vectors = torch.linalg.eigh(gram)
     for l2 in l2_grid:
         weight = (cross @ vectors / (values.clamp(min=0) + l2)) @ vectors.T
@@ -119,7 +125,7 @@ class Probe:
         "Scores `(N, C)` of features `(N, D)`."
         return F.linear(features, self.weight, self.bias)
 
-# %% ../../nbs/evaluation/probe.ipynb #345eabc0
+# %% ../../nbs/evaluation/probe.ipynb #882038b1
 def _regularisation_path(features, labels, rows, kind, c_values, scale):
     "Parameters, mean loss and convergence for every C; a logistic fit starts from the one before."
     if kind == "ridge":
@@ -140,7 +146,7 @@ def _accuracy(features, labels, rows, weight, bias):
         right += int((predicted == labels[rows[part]]).sum())
     return 100 * right / len(rows)
 
-# %% ../../nbs/evaluation/probe.ipynb #8313362d
+# %% ../../nbs/evaluation/probe.ipynb #58f745a3
 def _held_out_table(features, labels, classes, kind, c_values, held_out):
     "Accuracy on the held-out rows, loss and convergence for every C, fitted on the other rows."
     fit, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
@@ -192,7 +198,7 @@ def _predict(scores: torch.Tensor, suite: Suite, name: str, with_share: bool) ->
     share = scores.softmax(1) if with_share else None
     return Predictions(scores.argmax(1), label, suite.concepts[queries], share)
 
-
+# %% ../../nbs/evaluation/probe.ipynb #2137db9a
 def head_rows(
     features: torch.Tensor,  # (N, D), aligned with `suite.images`
     suite: Suite,
@@ -210,7 +216,7 @@ def head_rows(
         rows += metric_rows(predictions, metrics, scorer="head", set=name, split=suite.shift[name])
     return pd.DataFrame(rows)
 
-# %% ../../nbs/evaluation/probe.ipynb #bb39b20f
+# %% ../../nbs/evaluation/probe.ipynb #09d8aebd
 def probe_rows(
     features: torch.Tensor,  # (N, D), aligned with `suite.images`
     suite: Suite,

@@ -45,7 +45,7 @@ def _feature_batches(
     finally:
         encoder.train(was_training)
 
-
+# %% ../../nbs/models/features.ipynb #ce603571
 def extract_features(
     encoder: Encoder,  # a timm model
     images: torch.Tensor | ImageFiles,  # N images, uint8

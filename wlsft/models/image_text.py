@@ -165,7 +165,9 @@ def check_prompts(
         raise ParameterError(f"class {twice[0]!r} is named twice")
     if not len(templates):
         raise ParameterError("templates is empty; there must be at least one, such as 'a photo of a {}.'")
-    functions = [t.format if isinstance(t, str) else t for t in templates]
+    functions: list[Callable[[str], str]] = []
+    for template in templates:
+        functions.append(template.format if isinstance(template, str) else template)
     for template in functions:
         if template("cat") == template("dog"):
             raise ParameterError(f"template {template('cat')!r} has no slot for the class name, such as {{}}")

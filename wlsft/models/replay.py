@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEMORY_SOURCES', 'ReplayAttention', 'cross_attend', 'make_memory']
 
-# %% ../../nbs/models/replay.ipynb #09f023f6
+# %% ../../nbs/models/replay.ipynb #68ba20b5
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,18 +14,24 @@ from torch import nn
 from ..core.params import ParameterError, check_choice, check_range
 from .sites import as_tokens
 
-# %% ../../nbs/models/replay.ipynb #b9c4e623
+# %% ../../nbs/models/replay.ipynb #1c73f163
+def _zeros(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+# %% ../../nbs/models/replay.ipynb #90f8ff9e
 class ReplayAttention(nn.Module):
-    "Cross-attention from arriving tokens to a memory, through a bottleneck; the identity at the start."
+    "Cross-attention to a memory through a bottleneck; the identity at first."
 
     def __init__(
         self,
         dim: int,  # width D of the arriving tokens
-        memory: torch.Tensor | None,  # (m, D'), or None: tokens of an earlier site of the same image
+        memory: torch.Tensor | None,  # (m, D'), or None: the image's tokens at an earlier site
         rank: int = 64,  # bottleneck width r
-        heads: int = 4,  # that share it
-        learned: bool = False,  # is the memory a parameter, or a fixed buffer?
-        memory_dim: int = 0,  # width D' of the tokens of the earlier site, where `memory` is None
+        heads: int = 4,  # sharing it
+        learned: bool = False,  # is the memory a parameter?
+        memory_dim: int = 0,  # D', where `memory` is None
     ):
         super().__init__()
         if rank % heads:
@@ -34,25 +40,23 @@ class ReplayAttention(nn.Module):
         self.q = nn.Linear(dim, rank)
         self.k = nn.Linear(width, rank)
         self.v = nn.Linear(width, rank)
-        self.o = nn.Linear(rank, dim)
-        nn.init.zeros_(self.o.weight)
-        nn.init.zeros_(self.o.bias)
+        self.o = _zeros(nn.Linear(rank, dim))
         self.heads = heads
-        self.earlier: tuple[nn.Module, ...] = ()  # in a tuple, so that it is not a child of this module
+        self.earlier: tuple[nn.Module, ...] = ()  # not a child module
         if learned and memory is not None:
             self.memory = nn.Parameter(memory.clone())
         else:
             self.register_buffer("memory", memory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        "`x` `(N, T, D)` or `(N, D, H, W)` plus what its tokens read from the memory."
+        "`x`, `(N, T, D)` or `(N, D, H, W)`, plus what is read."
         memory = self.earlier[0].__dict__.pop("kept") if self.memory is None else self.memory
         read = cross_attend(as_tokens(x), memory, self)
         if x.ndim == 4:
             read = read.transpose(1, 2).unflatten(2, x.shape[-2:])
         return x + read
 
-# %% ../../nbs/models/replay.ipynb #7441509c
+# %% ../../nbs/models/replay.ipynb #ab35b383
 def _layer_norm(x: torch.Tensor) -> torch.Tensor:
     "LayerNorm without an affine."
     return F.layer_norm(x, x.shape[-1:])
@@ -77,7 +81,7 @@ def cross_attend(
     attended = F.scaled_dot_product_attention(query, key, value)
     return layer.o(attended.transpose(1, 2).flatten(2))
 
-# %% ../../nbs/models/replay.ipynb #52f08763
+# %% ../../nbs/models/replay.ipynb #2ee4333d
 MEMORY_SOURCES = ("recorded", "learned", "register", "gaussian", "depth")
 
 
@@ -98,7 +102,7 @@ def _gaussian(tokens: torch.Tensor, m: int, seed: int) -> torch.Tensor:
     draws = torch.randn(m, tokens.shape[1], generator=generator, dtype=torch.float64)
     return (tokens.mean(0) + draws * values.clamp(min=0).sqrt() @ vectors.T).float()
 
-# %% ../../nbs/models/replay.ipynb #6fa1034c
+# %% ../../nbs/models/replay.ipynb #965c2a24
 def make_memory(
     tokens: torch.Tensor,  # (n, D) recorded tokens
     source: str,  # one of `MEMORY_SOURCES`

@@ -109,7 +109,7 @@ def embed_texts(
     flat = list(itertools.chain.from_iterable(texts))
     path = None
     if cache:
-        path = Path(cache) / f"text-{digest([tower, flat, code_digest('models/text')])}.safetensors"
+        path = Path(cache) / f"text-{digest([tower, flat, code_digest('models.text')])}.safetensors"
     if path and path.is_file():
         vectors = load_file(path)["vectors"]
     else:

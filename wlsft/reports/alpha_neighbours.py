@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AlphaNeighbours', 'alpha_neighbours', 'votes', 'vote_shares']
 
-# %% ../../nbs/reports/alpha_neighbours.ipynb #3fff050b
+# %% ../../nbs/reports/alpha_neighbours.ipynb #f23edeb9
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from ..evaluation.knn_search import knn
 from ..knn_eval import knn_votes, required_rows
 from ..study.runs import Run
 
-# %% ../../nbs/reports/alpha_neighbours.ipynb #f11e7ae7
+# %% ../../nbs/reports/alpha_neighbours.ipynb #3d664017
 def _neighbours(
     features: torch.Tensor,  # float32 (N, D), of the images `rows`
     rows: torch.Tensor,  # int64 (N,), sorted
@@ -38,7 +38,7 @@ def _neighbours(
     cosines, found = knn(query_features, bank_features, min(k, len(bank) - 1), exclude)
     return cosines, bank[found]
 
-# %% ../../nbs/reports/alpha_neighbours.ipynb #88c887d8
+# %% ../../nbs/reports/alpha_neighbours.ipynb #8dbf8e83
 @dataclass(frozen=True)
 class AlphaNeighbours:
     "The K nearest bank images of each query at several alphas, the nearest first."
@@ -66,7 +66,7 @@ class AlphaNeighbours:
         classes = torch.arange(len(self.suite.classes))
         return self.suite.class_map.get(name, classes)[self.suite.labels[images]]
 
-# %% ../../nbs/reports/alpha_neighbours.ipynb #6f460e06
+# %% ../../nbs/reports/alpha_neighbours.ipynb #80ecbb53
 def alpha_neighbours(
     run: Run,  # from `load_run`; its encoder is left at `theta_0`
     suite: Suite,  # from `load_suite`
@@ -91,7 +91,7 @@ def alpha_neighbours(
     neighbours = {s: torch.stack(v) for s, v in images.items()}
     return AlphaNeighbours(list(alphas), suite, rows, features, stacked, neighbours)
 
-# %% ../../nbs/reports/alpha_neighbours.ipynb #e2c63c0b
+# %% ../../nbs/reports/alpha_neighbours.ipynb #176d8d46
 def votes(
     w: AlphaNeighbours,
     i: int,  # index of the alpha

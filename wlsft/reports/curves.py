@@ -49,10 +49,12 @@ def _alpha_table(
 def _alpha_curves(
     ax: plt.Axes,
     d: pd.DataFrame,  # one encoder and configuration
+    sets: Sequence[str],  # of `SPLIT_STYLES`
     best: float,  # the alpha that is marked open
 ) -> None:
     "A line and a band for each set."
-    for name, style in SPLIT_STYLES.items():
+    for name in sets:
+        style = SPLIT_STYLES[name]
         g = d[d["set"] == name]
         look = f"{style.marker}{style.line}"
         ax.plot(g.alpha, g.value, look, color=style.color, ms=3.5, label=style.label)
@@ -78,13 +80,14 @@ def figure_alpha(
     quantity = "change (points)" if change else "k-NN accuracy (%)"
     best = select_alpha(t)
     d, chosen = keep_configs(_alpha_table(t, change), wanted)
+    sets = [name for name in SPLIT_STYLES if name in set(d["set"])]
     encoders = sorted(set(d.encoder))
     size = (2.05 * len(chosen) + 0.3, 2.2 * len(encoders) + 0.2)
     fig, axes = panels(len(encoders), len(chosen), size, sharex=True, sharey="row")
     for row, encoder in zip(axes, encoders):
         for ax, config in zip(row, chosen):
             part = rows_of(d[d.encoder == encoder], config).sort_values("alpha")
-            _alpha_curves(ax, part, best.get(_key(encoder, config), -1))
+            _alpha_curves(ax, part, sets, best.get(_key(encoder, config), -1))
             if change:
                 ax.axhline(0, color="0.6", lw=0.8, zorder=0)
         row[0].set_ylabel(f"{encoder}\n{quantity}")

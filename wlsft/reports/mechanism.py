@@ -106,7 +106,7 @@ def figure_distortion_vs_accuracy(
                     ax.plot(run.OOD_distance.iloc[-1], run.OOD_change.iloc[-1], "o", color=color, ms=4)
             ax.axhline(0, color="0.6", lw=0.8)
             ax.set_title(f"{encoder}, {SCORER_LABELS[scorer]}", fontsize=9)
-            ax.set_xlabel("distance that OOD features moved (spreads)")
+            ax.set_xlabel("OOD distance (spreads)")
             ax.set_ylabel("OOD change (points)")
     outside_legend(fig)
     return fig

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['train_run', 'save_run', 'Run', 'read_record', 'load_run']
 
-# %% ../../nbs/study/runs.ipynb #516a06df
+# %% ../../nbs/study/runs.ipynb #92dde3ef
+import itertools
 import json
 import resource
 import subprocess
@@ -41,7 +42,7 @@ from wlsft.study.schema import (
 )
 from ..train import Method, Sources, Task
 
-# %% ../../nbs/study/runs.ipynb #43e31026
+# %% ../../nbs/study/runs.ipynb #2b3d9d49
 def train_run(
     params: dict[str, Any],  # some parameters, see `resolve`
     runs: str | Path = "",  # where runs are kept, see `runs_folder`
@@ -56,7 +57,7 @@ def train_run(
             _train(resolved, folder, root, get_device(device))
     return folder
 
-# %% ../../nbs/study/runs.ipynb #f0f7b267
+# %% ../../nbs/study/runs.ipynb #943fbe74
 def _clone(module: nn.Module) -> dict[str, torch.Tensor]:
     "A copy of a state dict on the CPU."
     return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
@@ -74,7 +75,7 @@ def _prepare(p: dict[str, Any], encoder: Encoder, sources: Sources) -> tuple[Met
     encoder.train(method.batch_norm == "running")
     return method, adapter, task
 
-# %% ../../nbs/study/runs.ipynb #7aaa06f6
+# %% ../../nbs/study/runs.ipynb #0194eccc
 def _train(p: dict[str, Any], folder: Path, root: str | Path, device: torch.device) -> None:
     "All of `train_run` that takes time."
     started = time.time()
@@ -89,12 +90,12 @@ def _train(p: dict[str, Any], folder: Path, root: str | Path, device: torch.devi
     loop = {name: p[name] for name in loop_options(p["method"])}
     history = method.fit(encoder, task, seed=p["seed"], checkpoint=folder / "state.pt", **loop)
     if rank_and_world()[0] == 0:
-        info = dict(parameters=p, corpus=source_label(p), name=folder.name, history=history)
+        info: dict[str, Any] = dict(parameters=p, corpus=source_label(p), name=folder.name, history=history)
         info |= dict(n_images=len(task.images), encoder_digest=pretrained, **task.record)
         info |= _provenance(encoder, p, root) | dict(seconds=round(time.time() - started, 1))
         save_run(folder, (theta_0, _clone(encoder)), info, adapter, (head_0, _clone(task.head)))
 
-# %% ../../nbs/study/runs.ipynb #a0b7af48
+# %% ../../nbs/study/runs.ipynb #8706645e
 def _provenance(encoder: nn.Module, params: dict[str, Any], root: str | Path) -> dict[str, Any]:
     "Code, data, versions, number of weights trained and peak memory of this process, for `run.json`."
     import open_clip
@@ -114,7 +115,7 @@ def _provenance(encoder: nn.Module, params: dict[str, Any], root: str | Path) ->
         peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit,
     )
 
-# %% ../../nbs/study/runs.ipynb #3c076d8c
+# %% ../../nbs/study/runs.ipynb #2bebd5cd
 def save_run(
     folder: Path,
     thetas: tuple[dict, dict],  # state dicts at alpha 0 and 1, with the same keys
@@ -139,7 +140,7 @@ def save_run(
     write_json(folder / "run.json", info)
     (folder / "state.pt").unlink(missing_ok=True)  # what a killed run would have resumed from
 
-# %% ../../nbs/study/runs.ipynb #b981fe06
+# %% ../../nbs/study/runs.ipynb #2358e9bc
 @dataclass(frozen=True)
 class Run:
     "A trained run: the adapted encoder at `theta_0`, both state dicts with equal keys, and `run.json`."
@@ -160,7 +161,7 @@ class Run:
     def adapter(self) -> Adapter:
         return make_adapter(self.info["parameters"])
 
-# %% ../../nbs/study/runs.ipynb #4abe76e2
+# %% ../../nbs/study/runs.ipynb #63633d7d
 def read_record(
     path: Path,  # a `run.json`
 ) -> dict[str, Any]:
@@ -181,14 +182,15 @@ def read_record(
         )
     return info
 
-# %% ../../nbs/study/runs.ipynb #2701e337
+# %% ../../nbs/study/runs.ipynb #ffe86a52
 def _find_run(name: str | Path, runs: str | Path, root: str | Path) -> Path:
     "A run's folder: a path, or a name under `runs/` or the shipped `data/runs/`."
     parents = [runs_folder(runs), data_folder(root) / "runs"]
     for folder in [Path(name), *(parent / name for parent in parents)]:
         if (folder / "run.json").is_file():
             return folder
-    known = {record.parent.name for parent in parents for record in parent.glob("*/run.json")}
+    records = itertools.chain.from_iterable(parent.glob("*/run.json") for parent in parents)
+    known = {record.parent.name for record in records}
     raise ParameterError(
         f"run = {str(name)!r} is not known; allowed: {', '.join(sorted(known)) or 'none yet'}"
     )
@@ -208,7 +210,7 @@ def load_run(
         raise DataError(f"{folder / 'theta.safetensors'} is missing or cut short ({error})") from error
     return _rebuild(folder.name, info, saved, root)
 
-# %% ../../nbs/study/runs.ipynb #fb8da55c
+# %% ../../nbs/study/runs.ipynb #cf076a81
 def _part(saved: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     "Tensors whose key begins with a prefix, without it."
     return {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}

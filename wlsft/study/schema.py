@@ -6,7 +6,7 @@
 __all__ = ['BUILT_IN', 'keywords', 'loop_options', 'parameters', 'make_adapter', 'make_method', 'resolve', 'all_parameters',
            'chosen_parameters', 'runs_folder', 'data_digest', 'run_code', 'source_label', 'run_name']
 
-# %% ../../nbs/study/schema.ipynb #a963aa9d
+# %% ../../nbs/study/schema.ipynb #2ab94c70
 import functools
 import hashlib
 import inspect
@@ -29,7 +29,7 @@ from ..models.image_text import is_image_text
 from ..models.loop import finetune
 from ..train import METHODS, WLSFT, Method
 
-# %% ../../nbs/study/schema.ipynb #79360d51
+# %% ../../nbs/study/schema.ipynb #fd684711
 def keywords(
     function: Callable,  # a function, or a class's `__init__`
 ) -> dict[str, Any]:  # name -> default
@@ -40,7 +40,7 @@ def keywords(
             found[name] = [] if parameter.default == () else parameter.default
     return found
 
-# %% ../../nbs/study/schema.ipynb #4f30302d
+# %% ../../nbs/study/schema.ipynb #48177ecb
 BUILT_IN = (WLSFT, LP, FT, LPFT, FLYP, L2SP)  # importing a method registers it
 _NOT_CHOSEN = ("seed", "views", "checkpoint")  # keywords of `finetune` that the runner fills in
 _SOURCES: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def loop_options(
         name: default for name, default in options.items() if name not in _NOT_CHOSEN and default is not None
     }
 
-# %% ../../nbs/study/schema.ipynb #09a500e6
+# %% ../../nbs/study/schema.ipynb #b1b1053f
 def parameters(
     method: str = "WLSFT",  # one of `METHODS`
     adapter: str = "",  # one of `ADAPTERS`; empty: the method's default
@@ -76,7 +76,7 @@ def parameters(
         found |= part
     return found | dict(seed=0)
 
-# %% ../../nbs/study/schema.ipynb #4a8246d5
+# %% ../../nbs/study/schema.ipynb #ee07a612
 def make_adapter(
     params: dict[str, Any],  # of a run; other names are left out
 ) -> Adapter:
@@ -94,7 +94,7 @@ def make_method(
     names = keywords(cls.__init__).keys() & params.keys()
     return cls(**{name: params[name] for name in names})
 
-# %% ../../nbs/study/schema.ipynb #d19ab107
+# %% ../../nbs/study/schema.ipynb #3f7b26d4
 def _check_source(params: dict[str, Any], method: Method) -> None:
     "Raises `ParameterError` for a corpus, suite or kind of encoder that the method does not take."
     if method.reads == "corpus":
@@ -107,7 +107,7 @@ def _check_source(params: dict[str, Any], method: Method) -> None:
             f"encoder = {params['encoder']!r} has no text tower; {method.name} needs {allowed}"
         )
 
-# %% ../../nbs/study/schema.ipynb #8ec60187
+# %% ../../nbs/study/schema.ipynb #381da83e
 def resolve(
     params: dict[str, Any],  # some parameters of a run
 ) -> dict[str, Any]:  # all of them; whole numbers are floats where the default is one
@@ -125,7 +125,7 @@ def resolve(
     made.check(make_adapter(resolved))
     return resolved
 
-# %% ../../nbs/study/schema.ipynb #62f2863c
+# %% ../../nbs/study/schema.ipynb #4f22ac59
 def all_parameters(
     methods: Sequence[str],  # the methods of a chapter
 ) -> dict[str, list]:  # name -> its defaults, with the method's own defaults first
@@ -136,7 +136,7 @@ def all_parameters(
             found.setdefault(name, []).append(default)
     return found
 
-# %% ../../nbs/study/schema.ipynb #e3d7b5d6
+# %% ../../nbs/study/schema.ipynb #f1ab071c
 def chosen_parameters(
     values: dict[str, Any],  # a chapter's `globals()`
     methods: Sequence[str],  # that it runs
@@ -150,7 +150,7 @@ def chosen_parameters(
             raise ParameterError(f"parameter = {name!r} is not known to {which}; allowed: {', '.join(known)}")
     return {name: values[name] for name in known}
 
-# %% ../../nbs/study/schema.ipynb #a02b71d8
+# %% ../../nbs/study/schema.ipynb #004bf8b4
 def runs_folder(
     runs: str | Path = "",  # a folder; empty: `runs/` of the repository
 ) -> Path:
@@ -175,7 +175,7 @@ def data_digest(
     files = [shipped_file("emojishift/checksums.json", root), weights]
     return digest([_sha256(f, f.stat().st_mtime_ns) for f in files if f.is_file()])
 
-# %% ../../nbs/study/schema.ipynb #a7f8587a
+# %% ../../nbs/study/schema.ipynb #d6102c19
 _SAME_WEIGHTS = ("micro_batch_size",)  # parameters that change memory and time, not the weights
 
 
@@ -183,7 +183,7 @@ def run_code(
     params: dict[str, Any],  # from `resolve`
 ) -> str:
     "A hash of the code that decides what a run becomes, user-registered classes and readers included."
-    items = [METHODS[params["method"]], ADAPTERS[params["adapter"]]]
+    items: list[Any] = [METHODS[params["method"]], ADAPTERS[params["adapter"]]]
     source = params.get("corpus", "")
     if source in CORPORA:
         items.append(CORPORA[source].read)
@@ -191,7 +191,7 @@ def run_code(
         items.append(SUITES[params["suite"]])
     return code_digest(*items)
 
-# %% ../../nbs/study/schema.ipynb #3269b62d
+# %% ../../nbs/study/schema.ipynb #26564546
 def _source_fingerprint(params: dict[str, Any], root: str | Path) -> str:
     "What the files of the corpus or suite look like; empty for EmojiShift, which has checksums."
     if "corpus" in params:
@@ -205,7 +205,7 @@ def source_label(params: dict[str, Any]) -> str:
         return params["corpus"]
     return f"{params['suite']}-{METHODS[params['method']].supervision}"
 
-# %% ../../nbs/study/schema.ipynb #9ed8deb6
+# %% ../../nbs/study/schema.ipynb #0961998e
 def run_name(
     params: dict[str, Any],  # some parameters of a run, see `resolve`
     root: str | Path = "",  # see `data_folder`

@@ -6,7 +6,7 @@
 __all__ = ['SCORERS', 'SWEEP', 'Point', 'register_scorer', 'resolve_sweep', 'sweep_name', 'suite_of', 'alpha_sweep', 'variant_of',
            'write_rows']
 
-# %% ../../nbs/study/sweep.ipynb #d83443c2
+# %% ../../nbs/study/sweep.ipynb #983bdcb9
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..interpolation import interpolate
 from ..knn_eval import knn_rows, required_rows
 from .runs import Run
 
-# %% ../../nbs/study/sweep.ipynb #25f03a3e
+# %% ../../nbs/study/sweep.ipynb #44bf98a6
 @dataclass(frozen=True)
 class Point:
     "One alpha of a sweep. The run's encoder is at theta(alpha)."
@@ -61,7 +61,7 @@ def register_scorer(name: str) -> Callable:
 
     return register
 
-# %% ../../nbs/study/sweep.ipynb #25ab1356
+# %% ../../nbs/study/sweep.ipynb #ffd16084
 @register_scorer("knn")
 def _score_knn(point: Point) -> pd.DataFrame:
     return knn_rows(point.features, point.suite, point.sets, point.banks, metrics=point.metrics)
@@ -84,9 +84,9 @@ def _score_probe(point: Point) -> pd.DataFrame:
 
 @register_scorer("distortion")
 def _score_distortion(point: Point) -> pd.DataFrame:
-    return distortion_rows(point.before, held_out_features(point.run.encoder, point.suite))
+    return distortion_rows(point.before or {}, held_out_features(point.run.encoder, point.suite))
 
-# %% ../../nbs/study/sweep.ipynb #53f0fe1d
+# %% ../../nbs/study/sweep.ipynb #ba4b3eb7
 SWEEP: dict[str, Any] = dict(
     suite="",  # empty: the run's own, see `suite_of`
     alpha_steps=10,  # alpha goes from 0 to 1 in this many steps
@@ -111,10 +111,10 @@ def resolve_sweep(
         check_suite(p["suite"])
     return p
 
-# %% ../../nbs/study/sweep.ipynb #ecb1e36e
+# %% ../../nbs/study/sweep.ipynb #107401eb
 def _sweep_code(p: dict[str, Any]) -> str:
     "A hash of the code that computes a sweep, user-registered scorers and metrics included."
-    chosen = [SCORERS[name] for name in p["scorers"]] + [METRICS[name] for name in p["metrics"]]
+    chosen = [*map(SCORERS.get, p["scorers"]), *map(METRICS.get, p["metrics"])]
     return code_digest("study.sweep", *chosen)
 
 
@@ -126,7 +126,7 @@ def sweep_name(
     p = resolve_sweep(params)
     return digest([p, _sweep_code(p), suite_fingerprint(p["suite"], root)], 8)
 
-# %% ../../nbs/study/sweep.ipynb #e42f6d4e
+# %% ../../nbs/study/sweep.ipynb #e6941535
 def suite_of(
     run: Run,
     suite: str = "",  # its name; empty: the suite that the run was tuned on, or the default of its corpus
@@ -140,7 +140,7 @@ def suite_of(
     cfg = run.encoder.pretrained_cfg
     return load_suite(name, root, cfg["input_size"][-1], cfg["crop_pct"])
 
-# %% ../../nbs/study/sweep.ipynb #52011b5c
+# %% ../../nbs/study/sweep.ipynb #636ea673
 def alpha_sweep(
     run: Run,  # from `load_run`; its encoder is evaluated where it is, and left at `theta_0`
     suite: Suite,  # see `suite_of`
@@ -157,7 +157,7 @@ def alpha_sweep(
     path = Path(cache) / f"{run.name}-{key}.npy" if cache else None
     if path and path.with_suffix(".parquet").is_file():
         return pd.read_parquet(path.with_suffix(".parquet"))
-    features = plan.features(path, **embedding)
+    features = _features(plan, path, **embedding)
     rows = _label(run, _score(plan, features, scorers, metrics))
     if path and rank_and_world()[0] == 0:
         write_rows(rows, path.with_suffix(".parquet"))
@@ -165,7 +165,7 @@ def alpha_sweep(
             leftover.unlink(missing_ok=True)
     return rows
 
-# %% ../../nbs/study/sweep.ipynb #c312fbab
+# %% ../../nbs/study/sweep.ipynb #b529a5c0
 @dataclass(frozen=True)
 class _Plan:
     "What is scored at which alpha, and the images that this needs."
@@ -183,39 +183,40 @@ class _Plan:
             return list(self.suite.sets), list(self.suite.banks)
         return [name for name in self.suite.sets if self.suite.shift[name] != "SEEN"], ["id"]
 
-    def features(self, path: Path | None, **embedding: Any) -> Callable[[float], torch.Tensor]:
-        "alpha -> features aligned with `suite.images`, of which the needed rows are filled."
-        ends = [alpha for alpha in self.alphas if self.everything_at(alpha)]
-        use = required_rows(self.suite, *self.sets_and_banks(0.5))
-        every = required_rows(self.suite, *self.sets_and_banks(0.0)) if ends else use
-        rest = every[~torch.isin(every, use)]
-        main = self._embed(self.alphas, use, path, **embedding)
-        ends_path = path and path.with_name(f"{path.stem}-ends.npy")
-        exact = {**embedding, "max_feature_error": 0.0}
-        more = self._embed(ends, rest, ends_path, **exact) if len(rest) else None
+# %% ../../nbs/study/sweep.ipynb #78f28960
+def _embed(plan: _Plan, alphas: list[float], rows: torch.Tensor, path: Path | None, **embedding: Any):
+    "Features of some images at every alpha."
+    run = plan.run
+    run.encoder.load_state_dict(run.theta_0)
+    found = alpha_features(run.encoder, run.theta_1, alphas, plan.suite.images[rows], path=path, **embedding)
+    if embedding.get("max_feature_error"):
+        computed = f"{len(found.values)} of {len(alphas)} alphas computed"
+        print(f"{run.name}: {computed}; between them, features are off by {found.error:.2%}")
+    return found
 
-        def at(alpha: float) -> torch.Tensor:
-            out = torch.zeros(len(self.suite.images), self.run.encoder.num_features)
-            out[use] = main[self.alphas.index(alpha)]
-            if more and alpha in ends:
-                out[rest] = more[ends.index(alpha)]
-            return out
+# %% ../../nbs/study/sweep.ipynb #1c34d886
+def _features(plan: _Plan, path: Path | None, **embedding: Any) -> Callable[[float], torch.Tensor]:
+    "alpha -> features aligned with `suite.images`, of which the needed rows are filled."
+    suite, alphas = plan.suite, plan.alphas
+    ends = [alpha for alpha in alphas if plan.everything_at(alpha)]
+    use = required_rows(suite, *plan.sets_and_banks(0.5))
+    every = required_rows(suite, *plan.sets_and_banks(0.0)) if ends else use
+    rest = every[~torch.isin(every, use)]
+    main = _embed(plan, alphas, use, path, **embedding)
+    ends_path = path and path.with_name(f"{path.stem}-ends.npy")
+    exact = {**embedding, "max_feature_error": 0.0}
+    more = _embed(plan, ends, rest, ends_path, **exact) if len(rest) else None
 
-        return at
+    def at(alpha: float) -> torch.Tensor:
+        out = torch.zeros(len(suite.images), plan.run.encoder.num_features)
+        out[use] = main[alphas.index(alpha)]
+        if more and alpha in ends:
+            out[rest] = more[ends.index(alpha)]
+        return out
 
-    def _embed(self, alphas: list[float], rows: torch.Tensor, path: Path | None, **embedding: Any):
-        "Features of some images at every alpha."
-        run = self.run
-        run.encoder.load_state_dict(run.theta_0)
-        found = alpha_features(
-            run.encoder, run.theta_1, alphas, self.suite.images[rows], path=path, **embedding
-        )
-        if embedding.get("max_feature_error"):
-            computed = f"{len(found.values)} of {len(alphas)} alphas computed"
-            print(f"{run.name}: {computed}; between them, features are off by {found.error:.2%}")
-        return found
+    return at
 
-# %% ../../nbs/study/sweep.ipynb #18f440cf
+# %% ../../nbs/study/sweep.ipynb #16358d96
 def _score(plan: _Plan, features: Callable, scorers: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
     "Rows of all alphas."
     run = plan.run
@@ -230,7 +231,7 @@ def _score(plan: _Plan, features: Callable, scorers: Sequence[str], metrics: Seq
     run.encoder.load_state_dict(run.theta_0)
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/study/sweep.ipynb #107e4a9b
+# %% ../../nbs/study/sweep.ipynb #3902b574
 def variant_of(run: Run) -> str:
     "Text for people where options of adapter or method define another configuration."
     return ", ".join(filter(None, [run.adapter.variant, run.method.variant]))
@@ -251,7 +252,7 @@ def write_rows(rows: pd.DataFrame, path: str | Path) -> None:
     with atomic_write(path) as temporary:
         rows.to_parquet(temporary, compression="zstd", index=False)
 
-# %% ../../nbs/study/sweep.ipynb #febc39c3
+# %% ../../nbs/study/sweep.ipynb #6d6e8fb1
 def _cache_key(plan: _Plan, scorers: Sequence[str], metrics: Sequence[str], embedding: dict) -> str:
     "A hash of a sweep over a suite at hand: its images by name, labels and sets, and the code."
     suite = plan.suite
