@@ -180,7 +180,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(data, whole, tmp_path, small_disk):
-    "Filled but for a few kB by other files, which then go: one sentence each time, nothing lost, no bus error."
+    "Filled but for a few kB by other files, which then go: one sentence each time, and nothing is lost."
     for free in (4, 60, 150, 300):
         message = tmp_path / f"message{free}"
         with open(small_disk / "filler", "wb") as f:
@@ -220,7 +220,7 @@ def test_training_does_not_depend_on_workers(data, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):
-    "The run stops before a weight moves, says where, and keeps the last whole epoch; a rerun goes on from there."
+    "The run stops before a weight moves and says where; a rerun goes on from the last whole epoch."
     from wlsft.models import loop
     from wlsft.study.runs import train_run
 

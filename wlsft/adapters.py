@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADAPTERS', 'register_adapter', 'Adapter', 'Full', 'adapt', 'FiLMLayer', 'film_targets', 'FiLM', 'TokenReplay']
 
-# %% ../nbs/01_adapters.ipynb #ab41ee0f
+# %% ../nbs/01_adapters.ipynb #78d08013
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ from .models.base import Encoder
 from .models.replay import MEMORY_SOURCES, ReplayAttention, make_memory
 from .models.sites import adapter_sites, as_tokens, is_vit_block, record_tokens, site_names, site_widths
 
-# %% ../nbs/01_adapters.ipynb #e9d315e7
+# %% ../nbs/01_adapters.ipynb #87cfe5be
 ADAPTERS: dict[str, type["Adapter"]] = {}  # name -> class; filled by `register_adapter`
 
 
@@ -27,13 +27,16 @@ def register_adapter(cls: type["Adapter"]) -> type["Adapter"]:
     ADAPTERS[cls.name] = cls
     return cls
 
-# %% ../nbs/01_adapters.ipynb #bafba5e5
+# %% ../nbs/01_adapters.ipynb #7446e0dc
 class Adapter:
     "Extra parameters that leave an encoder's function unchanged before training."
 
     name: str = ""  # how studies call it
     prefix: str = ""  # part of every key that it adds, such as ".film."
     variant: str = ""  # text for tables where its options define another method; "" for the default
+
+    def check(self, encoder: Encoder) -> None:
+        "Raises `ParameterError` if it cannot be attached; called before any work."
 
     def attach(
         self,
@@ -64,7 +67,7 @@ class Adapter:
         "Does this parameter train?"
         return self.owns(key)
 
-# %% ../nbs/01_adapters.ipynb #29b7bc89
+# %% ../nbs/01_adapters.ipynb #e9a1d3c2
 @register_adapter
 class Full(Adapter):
     "Full fine-tuning: nothing is added, everything trains."
@@ -77,7 +80,7 @@ class Full(Adapter):
     def trains(self, key):
         return True
 
-# %% ../nbs/01_adapters.ipynb #96aadfa8
+# %% ../nbs/01_adapters.ipynb #502915cf
 def adapt(
     encoder: Encoder,  # changed in place
     adapter: Adapter,  # such as `FiLM()`
@@ -90,7 +93,7 @@ def adapt(
         parameter.requires_grad_(adapter.trains(key))
     return encoder
 
-# %% ../nbs/01_adapters.ipynb #3a9beac6
+# %% ../nbs/01_adapters.ipynb #ad666095
 class FiLMLayer(nn.Module):
     "Scale and shift of channels, `(D,)` each; the identity at the start."
 
@@ -114,7 +117,7 @@ class FiLMLayer(nn.Module):
 def _apply_film(module, args, out):
     return module.film(out)
 
-# %% ../nbs/01_adapters.ipynb #d55ded37
+# %% ../nbs/01_adapters.ipynb #4053baa5
 def film_targets(
     encoder: Encoder,  # a timm model, or an image-text model
     blocks: Sequence[int] = (),  # indices of sites; empty: all
@@ -131,7 +134,7 @@ def film_targets(
                 found[f"{scope}.{key}"] = (module, getattr(module, "drop", module))
     return found
 
-# %% ../nbs/01_adapters.ipynb #52b14f62
+# %% ../nbs/01_adapters.ipynb #919f9fac
 @register_adapter
 class FiLM(Adapter):
     "A scale and a shift after every norm of the chosen blocks; folds into the norms."
@@ -145,6 +148,9 @@ class FiLM(Adapter):
         blocks: Sequence[int] = (),  # sites that are adapted; empty: all
     ):
         self.blocks = blocks
+
+    def check(self, encoder):
+        film_targets(encoder, self.blocks)
 
     def attach(self, encoder, images=None, seed=0):
         for norm, slot in film_targets(encoder, self.blocks).values():
@@ -169,7 +175,7 @@ class FiLM(Adapter):
                     del slot._forward_hooks[handle]
         return encoder
 
-# %% ../nbs/01_adapters.ipynb #44332242
+# %% ../nbs/01_adapters.ipynb #0d216b97
 def _apply_replay(module, args):
     return (module.replay(args[0]), *args[1:])
 
@@ -185,7 +191,7 @@ def _site_before(encoder: Encoder, name: str) -> str:
         raise ParameterError(f"memory_source = 'depth' needs an earlier site; {name} is the first")
     return order[order.index(name) - 1]
 
-# %% ../nbs/01_adapters.ipynb #33dd3bba
+# %% ../nbs/01_adapters.ipynb #52faef5c
 @register_adapter
 class TokenReplay(Adapter):
     "Cross-attention at a block's entrance to tokens recorded from the frozen encoder."
@@ -211,6 +217,9 @@ class TokenReplay(Adapter):
         self.blocks = blocks
         self.variant = "" if memory_source == "recorded" else memory_source
 
+    def check(self, encoder):
+        site_names(encoder, self.blocks)
+
     def attach(self, encoder, images=None, seed=0):
         return _attach_replay(encoder, _memories(encoder, images, self, seed), self, seed)
 
@@ -219,7 +228,7 @@ class TokenReplay(Adapter):
         memories = {name: saved.get(f"{name}.replay.memory") for name in replayed}
         return _attach_replay(encoder, memories, self, 0)
 
-# %% ../nbs/01_adapters.ipynb #0407b092
+# %% ../nbs/01_adapters.ipynb #8cc72645
 def _memories(encoder: Encoder, images, adapter: "TokenReplay", seed: int) -> dict[str, torch.Tensor | None]:
     "What is replayed at each site, from one pass of the encoder over the images."
     names = site_names(encoder, adapter.blocks)
@@ -230,7 +239,7 @@ def _memories(encoder: Encoder, images, adapter: "TokenReplay", seed: int) -> di
         found[name] = make_memory(tokens, adapter.memory_source, adapter.memory_size, seed)
     return found
 
-# %% ../nbs/01_adapters.ipynb #7d715c5c
+# %% ../nbs/01_adapters.ipynb #11a825f8
 def _attach_replay(encoder: Encoder, memories: dict, adapter: TokenReplay, seed: int) -> Encoder:
     "Hang a `ReplayAttention` on each site; new weights come from a generator of their own."
     sites = adapter_sites(encoder)

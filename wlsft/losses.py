@@ -17,14 +17,14 @@ from .models.sites import adapter_sites, is_vit_block
 def contrastive_loss(
     image: torch.Tensor,  # (N, E), normalised here
     text: torch.Tensor,  # (N, E), normalised here; row i is the partner of image i
-    scale: torch.Tensor | float,  # multiplies the cosines; CLIP starts at 1 / 0.07
+    scale: torch.Tensor | float,  # of the cosines; CLIP starts at 1 / 0.07
     group: torch.Tensor | None = None,  # int (N,): equal numbers share a text; None: plain CLIP
     collisions: str = "positives",  # or `ignored`
 ) -> torch.Tensor:  # a scalar
     """Symmetric contrastive loss (Radford et al. 2021).
 
-    With `group`, KL from uniform over all positives (UniCL less its constant), or without colliding pairs.
-    Raises `ParameterError` for other shapes."""
+    With `group`, KL from uniform over positives (UniCL less its constant) or without colliding pairs.
+    Raises `ParameterError`."""
     if image.shape != text.shape or len(image) < 2:
         shapes = f"{tuple(image.shape)} and {tuple(text.shape)}"
         raise ParameterError(f"need two (N, E) tensors with N > 1, got {shapes}")
@@ -39,7 +39,7 @@ def contrastive_loss(
     of_image, of_text = kept.sum(1) / count, kept.sum(0) / count
     return ((logits.logsumexp(1) - of_image + logits.logsumexp(0) - of_text) / 2 - count.log()).mean()
 
-# %% ../nbs/02_losses.ipynb #99852b5b
+# %% ../nbs/02_losses.ipynb #68bac9f5
 COLLISIONS = ("positives", "negatives", "ignored")
 
 

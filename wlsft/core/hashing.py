@@ -135,7 +135,7 @@ def _parse_outside(item: Any) -> tuple[str, set[str]]:
         return _parse_file(file, file.stat().st_mtime_ns, getattr(module, "__package__", None) or "")
     return _parse_object(item)
 
-
+# %% ../../nbs/core/hashing.ipynb #fdd916ec
 def code_digest(
     *items: Any,  # modules in wlsft by name (`losses`, `evaluation.probe`); classes, functions, modules
 ) -> str:  # 10 hexadecimal characters

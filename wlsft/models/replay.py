@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEMORY_SOURCES', 'ReplayAttention', 'cross_attend', 'make_memory']
 
-# %% ../../nbs/models/replay.ipynb #68ba20b5
+# %% ../../nbs/models/replay.ipynb #0e2842aa
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,20 @@ from torch import nn
 from ..core.params import ParameterError, check_choice, check_range
 from .sites import as_tokens
 
-# %% ../../nbs/models/replay.ipynb #1c73f163
+# %% ../../nbs/models/replay.ipynb #9b8052e0
 def _zeros(layer: nn.Linear) -> nn.Linear:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
-# %% ../../nbs/models/replay.ipynb #90f8ff9e
+# %% ../../nbs/models/replay.ipynb #07f99e02
 class ReplayAttention(nn.Module):
-    "Cross-attention to a memory through a bottleneck; the identity at first."
+    "Cross-attention to a memory; the identity at first."
 
     def __init__(
         self,
         dim: int,  # width D of the arriving tokens
-        memory: torch.Tensor | None,  # (m, D'), or None: the image's tokens at an earlier site
+        memory: torch.Tensor | None,  # (m, D'); None: tokens of an earlier site
         rank: int = 64,  # bottleneck width r
         heads: int = 4,  # sharing it
         learned: bool = False,  # is the memory a parameter?
@@ -56,7 +56,7 @@ class ReplayAttention(nn.Module):
             read = read.transpose(1, 2).unflatten(2, x.shape[-2:])
         return x + read
 
-# %% ../../nbs/models/replay.ipynb #ab35b383
+# %% ../../nbs/models/replay.ipynb #aaabaf35
 def _layer_norm(x: torch.Tensor) -> torch.Tensor:
     "LayerNorm without an affine."
     return F.layer_norm(x, x.shape[-1:])
@@ -81,7 +81,7 @@ def cross_attend(
     attended = F.scaled_dot_product_attention(query, key, value)
     return layer.o(attended.transpose(1, 2).flatten(2))
 
-# %% ../../nbs/models/replay.ipynb #2ee4333d
+# %% ../../nbs/models/replay.ipynb #7348374d
 MEMORY_SOURCES = ("recorded", "learned", "register", "gaussian", "depth")
 
 
@@ -102,7 +102,7 @@ def _gaussian(tokens: torch.Tensor, m: int, seed: int) -> torch.Tensor:
     draws = torch.randn(m, tokens.shape[1], generator=generator, dtype=torch.float64)
     return (tokens.mean(0) + draws * values.clamp(min=0).sqrt() @ vectors.T).float()
 
-# %% ../../nbs/models/replay.ipynb #965c2a24
+# %% ../../nbs/models/replay.ipynb #8e2292c3
 def make_memory(
     tokens: torch.Tensor,  # (n, D) recorded tokens
     source: str,  # one of `MEMORY_SOURCES`

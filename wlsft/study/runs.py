@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train_run', 'save_run', 'Run', 'read_record', 'load_run']
 
-# %% ../../nbs/study/runs.ipynb #92dde3ef
+# %% ../../nbs/study/runs.ipynb #8fbe321c
 import itertools
 import json
 import resource
@@ -42,7 +42,7 @@ from wlsft.study.schema import (
 )
 from ..train import Method, Sources, Task
 
-# %% ../../nbs/study/runs.ipynb #2b3d9d49
+# %% ../../nbs/study/runs.ipynb #8553b199
 def train_run(
     params: dict[str, Any],  # some parameters, see `resolve`
     runs: str | Path = "",  # where runs are kept, see `runs_folder`
@@ -57,7 +57,7 @@ def train_run(
             _train(resolved, folder, root, get_device(device))
     return folder
 
-# %% ../../nbs/study/runs.ipynb #943fbe74
+# %% ../../nbs/study/runs.ipynb #66f8b795
 def _clone(module: nn.Module) -> dict[str, torch.Tensor]:
     "A copy of a state dict on the CPU."
     return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
@@ -67,6 +67,7 @@ def _prepare(p: dict[str, Any], encoder: Encoder, sources: Sources) -> tuple[Met
     "Make the task, attach the adapter and mark what trains."
     method = make_method(p)
     adapter = make_adapter(p)
+    adapter.check(encoder)  # before an image is decoded
     task = method.task(encoder, sources)
     task.head.to(next(encoder.parameters()).device)
     adapter.attach(encoder, task.images, p["seed"])
@@ -75,7 +76,7 @@ def _prepare(p: dict[str, Any], encoder: Encoder, sources: Sources) -> tuple[Met
     encoder.train(method.batch_norm == "running")
     return method, adapter, task
 
-# %% ../../nbs/study/runs.ipynb #0194eccc
+# %% ../../nbs/study/runs.ipynb #2123497d
 def _train(p: dict[str, Any], folder: Path, root: str | Path, device: torch.device) -> None:
     "All of `train_run` that takes time."
     started = time.time()
@@ -95,7 +96,7 @@ def _train(p: dict[str, Any], folder: Path, root: str | Path, device: torch.devi
         info |= _provenance(encoder, p, root) | dict(seconds=round(time.time() - started, 1))
         save_run(folder, (theta_0, _clone(encoder)), info, adapter, (head_0, _clone(task.head)))
 
-# %% ../../nbs/study/runs.ipynb #8706645e
+# %% ../../nbs/study/runs.ipynb #1f16e85c
 def _provenance(encoder: nn.Module, params: dict[str, Any], root: str | Path) -> dict[str, Any]:
     "Code, data, versions, number of weights trained and peak memory of this process, for `run.json`."
     import open_clip
@@ -115,7 +116,7 @@ def _provenance(encoder: nn.Module, params: dict[str, Any], root: str | Path) ->
         peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit,
     )
 
-# %% ../../nbs/study/runs.ipynb #2bebd5cd
+# %% ../../nbs/study/runs.ipynb #f5c8858b
 def save_run(
     folder: Path,
     thetas: tuple[dict, dict],  # state dicts at alpha 0 and 1, with the same keys
@@ -140,7 +141,7 @@ def save_run(
     write_json(folder / "run.json", info)
     (folder / "state.pt").unlink(missing_ok=True)  # what a killed run would have resumed from
 
-# %% ../../nbs/study/runs.ipynb #2358e9bc
+# %% ../../nbs/study/runs.ipynb #0cc20018
 @dataclass(frozen=True)
 class Run:
     "A trained run: the adapted encoder at `theta_0`, both state dicts with equal keys, and `run.json`."
@@ -161,7 +162,7 @@ class Run:
     def adapter(self) -> Adapter:
         return make_adapter(self.info["parameters"])
 
-# %% ../../nbs/study/runs.ipynb #63633d7d
+# %% ../../nbs/study/runs.ipynb #336be31d
 def read_record(
     path: Path,  # a `run.json`
 ) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def read_record(
         )
     return info
 
-# %% ../../nbs/study/runs.ipynb #ffe86a52
+# %% ../../nbs/study/runs.ipynb #4fbebfc1
 def _find_run(name: str | Path, runs: str | Path, root: str | Path) -> Path:
     "A run's folder: a path, or a name under `runs/` or the shipped `data/runs/`."
     parents = [runs_folder(runs), data_folder(root) / "runs"]
@@ -210,7 +211,7 @@ def load_run(
         raise DataError(f"{folder / 'theta.safetensors'} is missing or cut short ({error})") from error
     return _rebuild(folder.name, info, saved, root)
 
-# %% ../../nbs/study/runs.ipynb #cf076a81
+# %% ../../nbs/study/runs.ipynb #53716343
 def _part(saved: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     "Tensors whose key begins with a prefix, without it."
     return {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
