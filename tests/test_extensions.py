@@ -1,5 +1,6 @@
 "The five snippets of CONTRIBUTING, as printed, go through training, loading, a sweep and a figure."
 
+import itertools
 import re
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def registered():
     for snippet in snippets:
         exec(compile(snippet, "CONTRIBUTING.md", "exec"), {"__name__": "contributed"})
     added = [set(registry) - set(old) for registry, old in zip(REGISTRIES, before)]
-    yield [name for names in added for name in names]
+    yield list(itertools.chain.from_iterable(added))
     for registry, old in zip(REGISTRIES, before):
         registry.clear()
         registry.update(old)

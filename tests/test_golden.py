@@ -1,4 +1,4 @@
-"Golden bits: tiny runs of every method and adapter, and rows of two sweeps, as recorded before the code was reorganised."
+"Golden bits: tiny runs of every method and adapter, and rows of two sweeps, recorded before the move."
 
 import hashlib
 import json

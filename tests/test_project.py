@@ -1,6 +1,7 @@
 "What holds the project together: rooms and imports, parameter cells, outputs, dependencies, studies."
 
 import ast
+import itertools
 import json
 import re
 import shutil
@@ -58,7 +59,9 @@ FLOORS = [
     {"study"},
     {"reports"},
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR = {}
+for floor, rooms in enumerate(FLOORS):
+    FLOOR |= dict.fromkeys(rooms, floor)
 
 
 def imported_rooms(module):
@@ -96,8 +99,9 @@ def test_every_number_stands_once_and_every_notebook_has_a_place():
 
 def test_sidebar_and_index_have_the_order_of_the_files():
     assert (NBS / "sidebar.yml").read_text() == sidebar()
-    outputs = [cell.get("outputs", []) for cell in nbformat.read(NBS / "index.ipynb", as_version=4).cells]
-    shown = [out["data"].get("text/markdown", "") for cell in outputs for out in cell if "data" in out]
+    shown = []
+    for cell in nbformat.read(NBS / "index.ipynb", as_version=4).cells:
+        shown += [output.get("data", {}).get("text/markdown", "") for output in cell.get("outputs", [])]
     assert contents() in shown
 
 
@@ -124,9 +128,10 @@ def test_a_chapter_says_what_it_does(path):
 @pytest.mark.parametrize("path", [NBS / "000_tour.ipynb", *SPINE], ids=name_of)
 def test_a_code_host_shows_the_book(path):
     nb = nbformat.read(path, as_version=4)
-    visible = [cell for cell in nb.cells if cell.cell_type == "code" and cell.outputs]
+    visible = [cell.outputs for cell in nb.cells if cell.cell_type == "code" and cell.outputs]
     assert len(visible) >= 4
-    assert any("image/png" in output.get("data", {}) for cell in visible for output in cell.outputs)
+    outputs = itertools.chain.from_iterable(visible)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
     check_outputs(nb, path.name)
 
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['check_same_layout', 'changed_keys', 'interpolate']
 
-# %% ../nbs/05_interpolation.ipynb #c5ee0b81
+# %% ../nbs/05_interpolation.ipynb #7256662b
 import torch
 
 from .core.params import ParameterError, check_range
 
-# %% ../nbs/05_interpolation.ipynb #2c10aea1
+# %% ../nbs/05_interpolation.ipynb #b0a92ed0
 def check_same_layout(
     theta_0: dict[str, torch.Tensor],  # pretrained state dict
     theta_1: dict[str, torch.Tensor],  # fine-tuned state dict
@@ -24,23 +24,27 @@ def check_same_layout(
             shapes = f"{tuple(tensor.shape)} and {tuple(theta_1[key].shape)}"
             raise ParameterError(f"theta_0 and theta_1 differ in the shape of {key}: {shapes}")
 
-# %% ../nbs/05_interpolation.ipynb #31f9e279
+# %% ../nbs/05_interpolation.ipynb #6e788104
 def changed_keys(
     theta_0: dict[str, torch.Tensor],  # pretrained state dict
     theta_1: dict[str, torch.Tensor],  # fine-tuned state dict, with the same keys
 ) -> list[str]:
     "Keys of the floating-point tensors that fine-tuning has changed."
     floating = [key for key in theta_0 if theta_1[key].is_floating_point()]
-    return [key for key in floating if not torch.equal(theta_0[key].cpu(), theta_1[key].cpu())]
 
-# %% ../nbs/05_interpolation.ipynb #65764297
+    def same(key):
+        return torch.equal(theta_0[key], theta_1[key].to(theta_0[key].device))
+
+    return [key for key in floating if not same(key)]
+
+# %% ../nbs/05_interpolation.ipynb #0c85d2f0
 def interpolate(
     theta_0: dict[str, torch.Tensor],  # pretrained state dict
     theta_1: dict[str, torch.Tensor],  # fine-tuned state dict, with the same keys and shapes
     alpha: float,  # 0 gives theta_0, 1 gives theta_1
     extrapolate: bool = False,  # allow alpha outside [0, 1]
 ) -> dict[str, torch.Tensor]:
-    "alpha * theta_1 + (1 - alpha) * theta_0, tensor by tensor (Wortsman et al. 2022, eq. 1). Endpoints are exact."
+    "alpha * theta_1 + (1 - alpha) * theta_0 (Wortsman et al. 2022, eq. 1). Endpoints are exact."
     if not extrapolate:
         check_range("alpha", alpha, 0, 1)
     check_same_layout(theta_0, theta_1)

@@ -20,7 +20,7 @@ from ..core.files import progress
 from ..datasets.augment import random_views
 from ..models.base import Encoder
 from ..models.encoders import load_encoder
-from ..train import warmup_cosine
+from ..models.loop import warmup_cosine
 
 # %% ../../nbs/build/pretrain_vit.ipynb #cf79ba72
 def small_vit() -> Encoder:  # 12 blocks, 192 wide, 16-pixel patches, 64-pixel images

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train_run', 'save_run', 'Run', 'read_record', 'load_run']
 
-# %% ../../nbs/study/runs.ipynb #8fbe321c
+# %% ../../nbs/study/runs.ipynb #24f666a2
 import itertools
 import json
 import resource
@@ -42,7 +42,7 @@ from wlsft.study.schema import (
 )
 from ..train import Method, Sources, Task
 
-# %% ../../nbs/study/runs.ipynb #8553b199
+# %% ../../nbs/study/runs.ipynb #2491d571
 def train_run(
     params: dict[str, Any],  # some parameters, see `resolve`
     runs: str | Path = "",  # where runs are kept, see `runs_folder`
@@ -57,7 +57,7 @@ def train_run(
             _train(resolved, folder, root, get_device(device))
     return folder
 
-# %% ../../nbs/study/runs.ipynb #66f8b795
+# %% ../../nbs/study/runs.ipynb #b5ca80fb
 def _clone(module: nn.Module) -> dict[str, torch.Tensor]:
     "A copy of a state dict on the CPU."
     return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
@@ -76,7 +76,7 @@ def _prepare(p: dict[str, Any], encoder: Encoder, sources: Sources) -> tuple[Met
     encoder.train(method.batch_norm == "running")
     return method, adapter, task
 
-# %% ../../nbs/study/runs.ipynb #2123497d
+# %% ../../nbs/study/runs.ipynb #ee3d2ab3
 def _train(p: dict[str, Any], folder: Path, root: str | Path, device: torch.device) -> None:
     "All of `train_run` that takes time."
     started = time.time()
@@ -96,7 +96,7 @@ def _train(p: dict[str, Any], folder: Path, root: str | Path, device: torch.devi
         info |= _provenance(encoder, p, root) | dict(seconds=round(time.time() - started, 1))
         save_run(folder, (theta_0, _clone(encoder)), info, adapter, (head_0, _clone(task.head)))
 
-# %% ../../nbs/study/runs.ipynb #1f16e85c
+# %% ../../nbs/study/runs.ipynb #cea7668c
 def _provenance(encoder: nn.Module, params: dict[str, Any], root: str | Path) -> dict[str, Any]:
     "Code, data, versions, number of weights trained and peak memory of this process, for `run.json`."
     import open_clip
@@ -116,7 +116,7 @@ def _provenance(encoder: nn.Module, params: dict[str, Any], root: str | Path) ->
         peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit,
     )
 
-# %% ../../nbs/study/runs.ipynb #f5c8858b
+# %% ../../nbs/study/runs.ipynb #75a36d60
 def save_run(
     folder: Path,
     thetas: tuple[dict, dict],  # state dicts at alpha 0 and 1, with the same keys
@@ -141,7 +141,7 @@ def save_run(
     write_json(folder / "run.json", info)
     (folder / "state.pt").unlink(missing_ok=True)  # what a killed run would have resumed from
 
-# %% ../../nbs/study/runs.ipynb #0cc20018
+# %% ../../nbs/study/runs.ipynb #effddd66
 @dataclass(frozen=True)
 class Run:
     "A trained run: the adapted encoder at `theta_0`, both state dicts with equal keys, and `run.json`."
@@ -162,7 +162,7 @@ class Run:
     def adapter(self) -> Adapter:
         return make_adapter(self.info["parameters"])
 
-# %% ../../nbs/study/runs.ipynb #336be31d
+# %% ../../nbs/study/runs.ipynb #03be9499
 def read_record(
     path: Path,  # a `run.json`
 ) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def read_record(
         make_adapter(p)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error})") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError):
         complete = False
     if not complete:
         raise DataError(
@@ -183,7 +183,7 @@ def read_record(
         )
     return info
 
-# %% ../../nbs/study/runs.ipynb #4fbebfc1
+# %% ../../nbs/study/runs.ipynb #c28e6ee7
 def _find_run(name: str | Path, runs: str | Path, root: str | Path) -> Path:
     "A run's folder: a path, or a name under `runs/` or the shipped `data/runs/`."
     parents = [runs_folder(runs), data_folder(root) / "runs"]
@@ -211,7 +211,7 @@ def load_run(
         raise DataError(f"{folder / 'theta.safetensors'} is missing or cut short ({error})") from error
     return _rebuild(folder.name, info, saved, root)
 
-# %% ../../nbs/study/runs.ipynb #53716343
+# %% ../../nbs/study/runs.ipynb #3c72063c
 def _part(saved: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     "Tensors whose key begins with a prefix, without it."
     return {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}

@@ -6,7 +6,7 @@
 __all__ = ['BUILT_IN', 'keywords', 'loop_options', 'parameters', 'make_adapter', 'make_method', 'resolve', 'all_parameters',
            'chosen_parameters', 'runs_folder', 'data_digest', 'run_code', 'source_label', 'run_name']
 
-# %% ../../nbs/study/schema.ipynb #2ab94c70
+# %% ../../nbs/study/schema.ipynb #d06b69ea
 import functools
 import hashlib
 import inspect
@@ -29,7 +29,7 @@ from ..models.image_text import is_image_text
 from ..models.loop import finetune
 from ..train import METHODS, WLSFT, Method
 
-# %% ../../nbs/study/schema.ipynb #fd684711
+# %% ../../nbs/study/schema.ipynb #6bb36218
 def keywords(
     function: Callable,  # a function, or a class's `__init__`
 ) -> dict[str, Any]:  # name -> default
@@ -40,7 +40,7 @@ def keywords(
             found[name] = [] if parameter.default == () else parameter.default
     return found
 
-# %% ../../nbs/study/schema.ipynb #48177ecb
+# %% ../../nbs/study/schema.ipynb #d074a4d8
 BUILT_IN = (WLSFT, LP, FT, LPFT, FLYP, L2SP)  # importing a method registers it
 _NOT_CHOSEN = ("seed", "views", "checkpoint")  # keywords of `finetune` that the runner fills in
 _SOURCES: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def loop_options(
         name: default for name, default in options.items() if name not in _NOT_CHOSEN and default is not None
     }
 
-# %% ../../nbs/study/schema.ipynb #b1b1053f
+# %% ../../nbs/study/schema.ipynb #c49c08c9
 def parameters(
     method: str = "WLSFT",  # one of `METHODS`
     adapter: str = "",  # one of `ADAPTERS`; empty: the method's default
@@ -76,7 +76,7 @@ def parameters(
         found |= part
     return found | dict(seed=0)
 
-# %% ../../nbs/study/schema.ipynb #ee07a612
+# %% ../../nbs/study/schema.ipynb #08c6e52c
 def make_adapter(
     params: dict[str, Any],  # of a run; other names are left out
 ) -> Adapter:
@@ -94,7 +94,7 @@ def make_method(
     names = keywords(cls.__init__).keys() & params.keys()
     return cls(**{name: params[name] for name in names})
 
-# %% ../../nbs/study/schema.ipynb #3f7b26d4
+# %% ../../nbs/study/schema.ipynb #75993159
 def _check_source(params: dict[str, Any], method: Method) -> None:
     "Raises `ParameterError` for a corpus, suite or kind of encoder that the method does not take."
     if method.reads == "corpus":
@@ -107,7 +107,7 @@ def _check_source(params: dict[str, Any], method: Method) -> None:
             f"encoder = {params['encoder']!r} has no text tower; {method.name} needs {allowed}"
         )
 
-# %% ../../nbs/study/schema.ipynb #381da83e
+# %% ../../nbs/study/schema.ipynb #2c89ff1f
 def resolve(
     params: dict[str, Any],  # some parameters of a run
 ) -> dict[str, Any]:  # all of them; whole numbers are floats where the default is one
@@ -125,7 +125,7 @@ def resolve(
     made.check(make_adapter(resolved))
     return resolved
 
-# %% ../../nbs/study/schema.ipynb #4f22ac59
+# %% ../../nbs/study/schema.ipynb #933fdc7c
 def all_parameters(
     methods: Sequence[str],  # the methods of a chapter
 ) -> dict[str, list]:  # name -> its defaults, with the method's own defaults first
@@ -136,12 +136,12 @@ def all_parameters(
             found.setdefault(name, []).append(default)
     return found
 
-# %% ../../nbs/study/schema.ipynb #f1ab071c
+# %% ../../nbs/study/schema.ipynb #4509e848
 def chosen_parameters(
     values: dict[str, Any],  # a chapter's `globals()`
     methods: Sequence[str],  # that it runs
 ) -> dict[str, Any]:  # for `resolve`
-    "The parameters that the chosen method and adapter have. Raises `ParameterError` for a changed one without use."
+    "Parameters of the chosen method and adapter. Raises `ParameterError` for a changed one without use."
     check_choice("method", values["method"], methods)
     known = parameters(values["method"], values["adapter"])
     for name, defaults in all_parameters(methods).items():
@@ -150,7 +150,7 @@ def chosen_parameters(
             raise ParameterError(f"parameter = {name!r} is not known to {which}; allowed: {', '.join(known)}")
     return {name: values[name] for name in known}
 
-# %% ../../nbs/study/schema.ipynb #004bf8b4
+# %% ../../nbs/study/schema.ipynb #1b674323
 def runs_folder(
     runs: str | Path = "",  # a folder; empty: `runs/` of the repository
 ) -> Path:
@@ -175,7 +175,7 @@ def data_digest(
     files = [shipped_file("emojishift/checksums.json", root), weights]
     return digest([_sha256(f, f.stat().st_mtime_ns) for f in files if f.is_file()])
 
-# %% ../../nbs/study/schema.ipynb #d6102c19
+# %% ../../nbs/study/schema.ipynb #924285b8
 _SAME_WEIGHTS = ("micro_batch_size",)  # parameters that change memory and time, not the weights
 
 
@@ -191,7 +191,7 @@ def run_code(
         items.append(SUITES[params["suite"]])
     return code_digest(*items)
 
-# %% ../../nbs/study/schema.ipynb #26564546
+# %% ../../nbs/study/schema.ipynb #a4d3e9d0
 def _source_fingerprint(params: dict[str, Any], root: str | Path) -> str:
     "What the files of the corpus or suite look like; empty for EmojiShift, which has checksums."
     if "corpus" in params:
@@ -205,7 +205,7 @@ def source_label(params: dict[str, Any]) -> str:
         return params["corpus"]
     return f"{params['suite']}-{METHODS[params['method']].supervision}"
 
-# %% ../../nbs/study/schema.ipynb #0961998e
+# %% ../../nbs/study/schema.ipynb #1ef07ffb
 def run_name(
     params: dict[str, Any],  # some parameters of a run, see `resolve`
     root: str | Path = "",  # see `data_folder`
