@@ -1,5 +1,6 @@
-"The graph on a scheduler, two studies at once, and a kill of all of it: on a study of tiny runs, in a folder of its own."
+"The graph on a scheduler, two studies at once, and a kill of all of it, on tiny runs in a separate folder."
 
+import json
 import os
 import random
 import shutil
@@ -17,45 +18,37 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(
     not os.environ.get("REQUIRE_CLUSTER"), reason="takes minutes; REQUIRE_CLUSTER=1 asks for it"
 )
-RUN = "{{encoder: 'test_vit={0}/vit.safetensors', adapter: film, corpus: 'mine={0}/captions.csv', suite: 'mine={0}/suite', steps: 1, batch_size: 16}}"
-STUDIES = dict(
-    one=("{lr: 0.01}",), two=("{lr: 1e-2, steps: 2}", "{lr: 0.02}")
-)  # they share a run, and sweep it differently
+STUDIES = {  # they share a run, and sweep it differently
+    "one": ("{lr: 0.01}",),
+    "two": ("{lr: 1e-2, alpha_steps: 2}", "{lr: 0.02}"),
+}
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def home(folder, tiny):
-    "The project's chapters, two small studies, and `runs` and `figures` of its own."
+    "The chapter of figures, two small studies, and `runs` and `figures` of its own."
+    defaults = dict(
+        encoder=f"test_vit={tiny}/vit.safetensors",
+        adapter="film",
+        corpus=f"mine={tiny}/captions.csv",
+        suite=f"mine={tiny}/suite",
+        alpha_steps=1,
+        batch_size=16,
+    )
     (folder / "nbs/studies").mkdir(parents=True)
-    for chapter in ("03_train", "05_interpolation", "09_figures"):
-        (folder / f"nbs/{chapter}.ipynb").symlink_to(ROOT / f"nbs/{chapter}.ipynb")
+    (folder / "nbs/09_figures.ipynb").symlink_to(ROOT / "nbs/09_figures.ipynb")
     for name, runs in STUDIES.items():
-        (folder / f"nbs/studies/{name}.yaml").write_text(
-            f"defaults: {RUN.format(tiny)}\nruns:\n" + "".join(f"- {run}\n" for run in runs)
-        )
+        lines = [f"defaults: {json.dumps(defaults)}", "runs:", *(f"- {run}" for run in runs)]
+        (folder / f"nbs/studies/{name}.yaml").write_text("\n".join(lines) + "\n")
     return folder
 
 
 def graph(folder, study, *more, gpus=0):
-    args = [
-        "snakemake",
-        "--snakefile",
-        ROOT / "Snakefile",
-        "--directory",
-        folder,
-        "--cores",
-        "1",
-        "--nolock",
-        "--rerun-triggers",
-        "mtime",
-        "--rerun-incomplete",
-        "--keep-incomplete",
-        *more,
-        "--config",
-        f"study={study}",
-    ]
+    command = ["snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder, "--cores", "1"]
+    command += ["--nolock", "--rerun-triggers", "mtime", "--rerun-incomplete", "--keep-incomplete", *more]
+    command += ["--config", f"study={study}", f"runs={folder / 'runs'}", f"gpus={gpus}"]
     return subprocess.Popen(
-        [*map(str, args), f"runs={folder / 'runs'}", f"gpus={gpus}"],
+        [*map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -91,9 +84,8 @@ def test_two_studies_at_once(whole, tiny, tmp_path):
     assert len(list(folder.glob("runs/*/run.json"))) == 2  # the shared run is there once
     for study in STUDIES:
         same_rows(folder, whole, study)
-        assert (folder / f"figures/{study}/alpha.csv").read_bytes() == (
-            whole / f"figures/{study}/alpha.csv"
-        ).read_bytes()
+        table = f"figures/{study}/alpha.csv"
+        assert (folder / table).read_bytes() == (whole / table).read_bytes()
 
 
 def test_kill_the_whole_graph(whole, tiny, tmp_path):
@@ -142,95 +134,83 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    "A cluster of one machine with one (pretended) GPU, with its own configuration and daemons."
-    d, host = Path("/tmp") / f"slurm-{os.getpid()}", socket.gethostname().split(".")[0]
+def munge_command(place):
+    files = {"key-file": "key", "socket": "munge.socket", "pid-file": "munge.pid"}
+    files |= {"log-file": "munge.log", "seed-file": "munge.seed"}
+    return ["munged", "--foreground", "--force", *(f"--{k}={place / v}" for k, v in files.items())]
+
+
+def write_configuration(place):
+    host = socket.gethostname().split(".")[0]
     for sub in ("state", "spool"):
-        (d / sub).mkdir(parents=True)
-    (d / "key").write_bytes(os.urandom(1024))
-    (d / "key").chmod(0o400)
-    (d / "slurm.conf").write_text(CONF.format(host=host, d=d, ports=(free_port(), free_port())))
-    (d / "gres.conf").write_text(f"NodeName={host} Name=gpu File=/dev/null\n")
-    monkeypatch.setitem(ENV, "SLURM_CONF", str(d / "slurm.conf"))
-    place = Path("/etc/slurm/slurm.conf")  # the executor takes SLURM_ variables out of a job
-    if place.exists() and not place.is_symlink():
+        (place / sub).mkdir(parents=True)
+    (place / "key").write_bytes(os.urandom(1024))
+    (place / "key").chmod(0o400)
+    ports = (free_port(), free_port())
+    (place / "slurm.conf").write_text(CONF.format(host=host, d=place, ports=ports))
+    (place / "gres.conf").write_text(f"NodeName={host} Name=gpu File=/dev/null\n")
+
+
+def wait_for_nodes():
+    command = ["sinfo", "-h", "-o", "%T"]
+    for _ in range(60):
+        if "idle" in subprocess.run(command, env=ENV, capture_output=True, text=True).stdout:
+            break
+        time.sleep(0.5)
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    "A cluster of one machine with one (pretended) GPU, with its configuration and daemons."
+    place = Path("/tmp") / f"slurm-{os.getpid()}"
+    write_configuration(place)
+    monkeypatch.setitem(ENV, "SLURM_CONF", str(place / "slurm.conf"))
+    system = Path("/etc/slurm/slurm.conf")  # the executor takes SLURM_ variables out of a job
+    if system.exists() and not system.is_symlink():
         pytest.skip("this machine belongs to a cluster")
-    place.parent.mkdir(exist_ok=True)
-    place.unlink(missing_ok=True)
-    place.symlink_to(d / "slurm.conf")
-    munge = [
-        "munged",
-        "--foreground",
-        "--force",
-        *(
-            f"--{k}={d / v}"
-            for k, v in {
-                "key-file": "key",
-                "socket": "munge.socket",
-                "pid-file": "munge.pid",
-                "log-file": "munge.log",
-                "seed-file": "munge.seed",
-            }.items()
-        ),
-    ]
-    with open(d / "out", "w") as out:
-        daemons = [
-            subprocess.Popen(c, env=ENV, stdout=out, stderr=out)
-            for c in (munge, ["slurmctld", "-D"], ["slurmd", "-D"])
-        ]
-        for _ in range(60):
-            if (
-                "idle"
-                in subprocess.run(["sinfo", "-h", "-o", "%T"], env=ENV, capture_output=True, text=True).stdout
-            ):
-                break
-            time.sleep(0.5)
-        yield d
-        for p in reversed(daemons):
-            p.terminate()
-            p.wait(20)
-    place.unlink()
-    shutil.rmtree(d)
+    system.parent.mkdir(exist_ok=True)
+    system.unlink(missing_ok=True)
+    system.symlink_to(place / "slurm.conf")
+    daemons = []
+    with open(place / "out", "w") as out:
+        for command in (munge_command(place), ["slurmctld", "-D"], ["slurmd", "-D"]):
+            daemons.append(subprocess.Popen(command, env=ENV, stdout=out, stderr=out))
+        wait_for_nodes()
+        yield place
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait(20)
+    system.unlink()
+    shutil.rmtree(place)
+
+
+def jobs_of_slurm():
+    command = ["scontrol", "show", "job", "--oneliner"]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True).stdout.splitlines()
+
+
+STATES = """
+from wlsft.study.plan import study_plan
+from wlsft.study.status import study_status
+print(study_status(study_plan("nbs/studies/one.yaml"), "runs").state.tolist())
+"""
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root starts the daemons")
 def test_slurm(whole, slurm, tiny, tmp_path):
     folder = home(tmp_path / "cluster", tiny)
-    flags = [
-        "--executor",
-        "slurm",
-        "--jobs",
-        "2",
-        "--slurm-status-command",
-        "squeue",
-        "--slurm-no-account",
-        "--slurm-init-seconds-before-status-checks",
-        "3",
-        "--seconds-between-status-checks",
-        "3",
-    ]
+    flags = ["--executor", "slurm", "--jobs", "2", "--slurm-status-command", "squeue", "--slurm-no-account"]
+    flags += ["--slurm-init-seconds-before-status-checks", "3", "--seconds-between-status-checks", "3"]
     finished(graph(folder, "one", *flags, "--default-resources", "slurm_partition=main", gpus=1))
     same_rows(folder, whole, "one")
-    jobs = subprocess.run(
-        ["scontrol", "show", "job", "--oneliner"], env=ENV, capture_output=True, text=True
-    ).stdout.splitlines()
-    assert len(jobs) == 3 and all("JobState=COMPLETED" in j and "mem=4000M" in j for j in jobs), (
-        jobs
-    )  # a run, its sweep, the figures
-    asked = sorted(
-        ("TimeLimit=02:00:00" in j, "TresPerJob=gres:gpu:1" in j, "TimeLimit=00:30:00" in j) for j in jobs
-    )
-    assert asked == [(False, False, True), (True, True, False), (True, True, False)], jobs
-    states = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from wlsft.status import *; print(study_status(study_plan('nbs/studies/one.yaml'), 'runs').state.tolist())",
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=ENV,
-    )
+    jobs = jobs_of_slurm()
+    assert len(jobs) == 3, jobs  # a run, its sweep, the figures
+    assert all("JobState=COMPLETED" in job and "mem=4000M" in job for job in jobs), jobs
+    gpu = ["TresPerJob=gres:gpu:1" in job for job in jobs]
+    two_hours = ["TimeLimit=02:00:00" in job for job in jobs]
+    half_an_hour = ["TimeLimit=00:30:00" in job for job in jobs]
+    found = sorted(zip(two_hours, gpu, half_an_hour))
+    assert found == [(False, False, True), (True, True, False), (True, True, False)], jobs
+    command = [sys.executable, "-c", STATES]
+    states = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=ENV)
     assert "['swept']" in states.stdout, states.stderr[-2000:]

@@ -1,4 +1,4 @@
-"One short run through the command line, as studies do it: train, sweep, figures; then again for nothing."
+"A short run through the command line, as studies do it: train, sweep, figures; then again for nothing."
 
 import json
 import os
@@ -6,118 +6,93 @@ import subprocess
 from pathlib import Path
 
 import pandas as pd
+import pytest
+from wlsft.study.cli import main
 from wlsft.study.runs import train_run
 
 ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "WLSFT_QUIET": "1"}
+FIGURES = ("alpha.png", "alpha.csv", "paths.png", "paths.csv", "methods.png", "k.png", "styles.png")
 
 
-def run(*args):
-    done = subprocess.run(
-        ["wlsft-run", *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def call(*command, cwd=ROOT):
+    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, env=OFFLINE)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
-def test_train_sweep_figures(tmp_path):
-    runs, flags = tmp_path / "runs", ["-p", "study", "e2e", "-p", "runs", tmp_path / "runs"]
-    run(
-        "--lean",
-        "nbs/03_train.ipynb",
-        tmp_path / "a.ipynb",
-        "-p",
-        "encoder",
-        "vit_tiny_emojishift",
-        "-p",
-        "adapter",
-        "token-replay",
-        "-p",
-        "memory",
-        8,
-        *flags,
-    )
-    (folder,) = [p.parent for p in runs.glob("*/run.json")]
-    info = json.loads((folder / "run.json").read_text())
-    assert (
-        info["parameters"]["adapter"] == "token-replay"
-        and len(info["history"]) == 1
-        and not (folder / "state.pt").exists()
-    )
-
-    run(
-        "--lean",
-        "nbs/05_interpolation.ipynb",
-        tmp_path / "b.ipynb",
-        "-p",
-        "run",
-        folder.name,
-        "-p",
-        "out",
-        folder / "rows.parquet",
-        *flags,
-    )
-    rows = pd.read_parquet(folder / "rows.parquet")
-    assert (
-        sorted(rows.alpha.unique()) == [0, 0.5, 1]
-        and set(rows.method) == {"WLSFT-TR"}
-        and rows.value.between(0, 100).all()
-    )
-
-    run(
-        "nbs/09_figures.ipynb",
-        tmp_path / "c.ipynb",
-        "-p",
-        "rows",
-        runs,
-        "-p",
-        "out",
-        tmp_path / "figures",
-        "-p",
-        "draws",
-        20,
-    )
-    names = {p.name for p in (tmp_path / "figures").iterdir()}
-    assert {"alpha.png", "alpha.csv", "paths.png", "paths.csv", "methods.png", "k.png", "styles.png"} <= names
-
-    before = (folder / "theta.safetensors").stat().st_mtime_ns
-    run(
-        "--lean",
-        "nbs/03_train.ipynb",
-        tmp_path / "d.ipynb",
-        "-p",
-        "encoder",
-        "vit_tiny_emojishift",
-        "-p",
-        "adapter",
-        "token-replay",
-        "-p",
-        "memory",
-        8,
-        *flags,
-    )
-    assert (folder / "theta.safetensors").stat().st_mtime_ns == before and len(
-        list(runs.glob("*/run.json"))
-    ) == 1
+def flags(params):
+    found = []
+    for name, value in params.items():
+        found += ["-p", name, str(value)]
+    return found
 
 
-def test_a_lean_chapter_trains_what_the_function_does(tiny, tmp_path):
-    params = dict(
-        encoder=f"test_vit={tiny}/vit.safetensors",
-        corpus=f"mine={tiny}/captions.csv",
-        adapter="film",
+@pytest.fixture
+def params(tiny):
+    return dict(
+        adapter="token-replay",
+        memory_size=8,
+        encoder=f"test_vit={tiny / 'vit.safetensors'}",
+        corpus=f"mine={tiny / 'captions.csv'}",
         batch_size=16,
     )
-    run(
-        "--lean",
-        "nbs/03_train.ipynb",
-        tmp_path / "a.ipynb",
-        *(x for k, v in params.items() for x in ("-p", k, v)),
-        "-p",
-        "runs",
-        tmp_path / "a",
-    )
+
+
+def test_train_sweep_figures(tiny, params, tmp_path):
+    runs = tmp_path / "runs"
+    train = ["train", *flags(params), "--runs", str(runs)]
+    call("wlsft", *train)
+    (folder,) = [path.parent for path in runs.glob("*/run.json")]
+    info = json.loads((folder / "run.json").read_text())
+    assert info["parameters"]["adapter"] == "token-replay" and len(info["history"]) == 1
+    assert not (folder / "state.pt").exists()
+
+    sweep = [
+        "sweep",
+        folder.name,
+        *flags(dict(alpha_steps=2, suite=f"mine={tiny / 'suite'}", all_banks=True)),
+    ]
+    sweep += ["--study", "e2e", "--runs", str(runs), "--out", str(folder / "rows.parquet")]
+    sweep += ["--cache", str(tmp_path / "cache")]
+    call("wlsft", *sweep)
+    rows = pd.read_parquet(folder / "rows.parquet")
+    assert sorted(rows.alpha.unique()) == [0, 0.5, 1]
+    assert set(rows.study) == {"e2e"} and set(rows.method) == {"WLSFT"} and set(rows.run) == {folder.name}
+    assert set(rows.adapter) == {"token-replay"} and rows.value.between(0, 100).all()
+
+    report = dict(rows=runs, out=tmp_path / "figures", draws=20)
+    call("wlsft", "notebook", "nbs/09_figures.ipynb", tmp_path / "figures.ipynb", *flags(report))
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert set(FIGURES) <= names
+
+    made = [folder / "theta.safetensors", *tmp_path.glob("cache/*.parquet")]
+    before = [path.stat().st_mtime_ns for path in made]
+    main(train)
+    main(sweep)
+    assert [path.stat().st_mtime_ns for path in made] == before and len(made) == 2
+    assert len(list(runs.glob("*/run.json"))) == 1
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "rows.parquet"), rows, check_exact=True)
+
+
+def test_the_command_trains_what_the_function_does(params, tmp_path):
+    main(["train", *flags(params), "--runs", str(tmp_path / "a")])
     (theta,) = tmp_path.glob("a/*/theta.safetensors")
     assert theta.read_bytes() == (train_run(params, tmp_path / "b") / "theta.safetensors").read_bytes()
+
+
+def test_a_study_becomes_figures(tiny, params, tmp_path):
+    "Two runs through the graph; a second call finds nothing to do."
+    (tmp_path / "nbs/studies").mkdir(parents=True)
+    (tmp_path / "nbs/09_figures.ipynb").symlink_to(ROOT / "nbs/09_figures.ipynb")
+    defaults = dict(params, suite=f"mine={tiny / 'suite'}", alpha_steps=1)
+    study = dict(title="two", defaults=defaults, runs=[dict(lr=1e-3), dict(lr=1e-2)])
+    (tmp_path / "nbs/studies/two.yaml").write_text(json.dumps(study))
+    command = ["snakemake", "--snakefile", ROOT / "Snakefile", "--directory", tmp_path, "--cores", "2"]
+    command += ["--rerun-triggers", "mtime", "--nolock", "--config", "study=two", f"runs={tmp_path / 'runs'}"]
+    call(*command, cwd=tmp_path)
+    assert {"alpha.png", "alpha.csv"} <= {path.name for path in (tmp_path / "figures/two").iterdir()}
+    rows = pd.read_parquet(tmp_path / "runs/studies/two/rows.parquet")
+    assert set(rows.lr) == {1e-3, 1e-2} and set(rows.study) == {"two"}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*.*")}
+    call(*command, cwd=tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in before} == before

@@ -1,99 +1,137 @@
 "Bad input is refused by name: parameters on the command line, truncated files, foreign checkpoints."
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from wlsft.core.params import RANGES, ParameterError, check_parameters, check_values
 from wlsft.datasets.base import DataError, data_folder
 from wlsft.evaluation.stats import read_rows
-from wlsft.core.params import ParameterError, RANGES, check_parameters, check_values
 from wlsft.study.notebooks import notebook_parameters
 from wlsft.study.runs import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
-def run(*args):
-    return subprocess.run(
-        ["wlsft-run", *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+def wlsft(*args):
+    return subprocess.run(["wlsft", *map(str, args)], cwd=ROOT, capture_output=True, text=True, env=OFFLINE)
 
 
 @pytest.mark.parametrize(
-    "name, value, says",
+    "name, value, message",
     [
-        ("alhpa", 0.9, "unknown parameter 'alhpa'; this notebook knows: alpha"),
+        ("alhpa", 0.9, "parameter = 'alhpa' is not known; allowed: alpha, "),
         ("alpha", "half", "alpha = 'half' is a str; it must be a float"),
         ("k", 2.5, "k = 2.5 is a float; it must be a int"),
         ("alpha", 1.7, "alpha = 1.7 is not allowed; it must be a number from 0 to 1"),
     ],
 )
-def test_runner_refuses_before_anything_runs(tmp_path, name, value, says):
-    done = run("nbs/04_knn_eval.ipynb", tmp_path / "out.ipynb", "-p", name, value)
-    assert done.returncode != 0 and says in done.stderr and not list(tmp_path.iterdir())
+def test_a_notebook_is_refused_before_anything_runs(tmp_path, name, value, message):
+    done = wlsft("notebook", "nbs/04_knn_eval.ipynb", tmp_path / "out.ipynb", "-p", name, value)
+    assert done.returncode != 0 and message in done.stderr and not list(tmp_path.iterdir())
+
+
+FILM = "WLSFT with film; allowed: method, adapter, encoder, corpus, "
 
 
 @pytest.mark.parametrize(
-    "chapter, name, value, says",
+    "params, message",
+    [
+        (dict(alhpa=1), f"parameter = 'alhpa' is not known to {FILM}"),
+        (dict(rank=8), f"parameter = 'rank' is not known to {FILM}"),
+        (dict(method="FLIP"), "method = 'FLIP' is not known; allowed: WLSFT, "),
+        (dict(adapter="flim"), "adapter = 'flim' is not known; allowed: full, film, token-replay"),
+        (dict(epochs=0), "epochs = 0 is not allowed"),
+        (dict(epochs=1.5), "epochs = 1.5 is a float; it must be a int"),
+        (dict(lr=-1.0), "lr = -1.0 is not allowed"),
+        (dict(corpus="cc20k-typo"), "corpus = 'cc20k-typo' is not known; allowed: "),
+        (dict(adapter="token-replay", memory_source="learned", consistency=1.0), "consistency = 1.0 needs"),
+    ],
+)
+def test_training_is_refused_before_it_starts(tmp_path, capsys, params, message):
+    from wlsft.study.cli import main
+
+    command = ["train", "--runs", str(tmp_path)]
+    for name, value in params.items():
+        command += ["-p", name, str(value)]
+    with pytest.raises(SystemExit) as refusal:
+        main(command)
+    assert str(refusal.value).startswith("wlsft train: ") and message in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "chapter, name, value, message",
     [
         ("04_knn_eval", "run", "no-such-run", "run = 'no-such-run' is not known; allowed: "),
         ("01_adapters", "encoder", "vit_enormous", "encoder = 'vit_enormous' is not known"),
-        ("00_data", "corpus", "emojishift-poems", "allowed: emojishift-prompts"),
+        ("00_data", "corpus", "emojishift-poems", "corpus = 'emojishift-poems' is not known; allowed: "),
     ],
 )
-def test_chapters_refuse_wrong_values(tmp_path, chapter, name, value, says):
-    done = run(f"nbs/{chapter}.ipynb", tmp_path / "out.ipynb", "-p", name, value)
-    assert done.returncode != 0 and says in done.stderr
+def test_chapters_refuse_wrong_values(tmp_path, chapter, name, value, message):
+    done = wlsft("notebook", f"nbs/{chapter}.ipynb", tmp_path / "out.ipynb", "-p", name, value)
+    assert done.returncode != 0 and message in done.stderr
     assert not (tmp_path / "out.ipynb").exists() and (tmp_path / "out.failed.ipynb").exists()
 
 
-NOTEBOOKS = sorted([*ROOT.glob("nbs/[0-9]*.ipynb"), *ROOT.glob("nbs/build/*.ipynb")])
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def is_tagged(cell):
+    return "parameters" in cell.metadata.get("tags", [])
+
+
+ROOMS = sorted(path for path in ROOT.glob("nbs/[a-z]*/*.ipynb") if any(map(is_tagged, code_cells(path))))
+NOTEBOOKS = [*sorted(ROOT.glob("nbs/[0-9]*.ipynb")), *ROOMS]
 STRANGE = [None, True, -1, 1.5, float("nan"), float("inf"), 10**12, "seven", [], [-1], ["x"], {}]
+
+
+def is_wrong(name, value, default):
+    "Is a value of another type than the default, or out of the parameter's range?"
+    widened = isinstance(default, float) and type(value) is int
+    if type(value) is not type(default) and not widened:
+        return True
+    first = value[0] if isinstance(value, list) and value else value
+    if name not in RANGES or isinstance(first, (str, list)):
+        return False
+    low, high = RANGES[name]
+    return not low <= first <= high
+
+
+def wrong_values(defaults):
+    "Pairs of a parameter and a value that it must not have."
+    pairs = itertools.product(defaults, STRANGE)
+    return [(name, value) for name, value in pairs if is_wrong(name, value, defaults[name])]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_notebook_refuses_wrong_values(path):
-    defaults, refused = notebook_parameters(path), 0
-    cells = [
-        c["source"] if isinstance(c["source"], str) else "".join(c["source"])
-        for c in json.loads(path.read_text())["cells"]
-        if c["cell_type"] == "code"
-    ]
-    at = next(i for i, c in enumerate(cells) if c.startswith(tuple(f"{name}: " for name in defaults)))
-    assert "check_values(globals())" in cells[at + 1]  # before any work, also under plain papermill
-    for name, default in defaults.items():
-        for value in STRANGE:
-            wrong_type = type(value) is not type(default) and not (
-                isinstance(default, float) and type(value) is int
-            )
-            number = value[0] if isinstance(value, list) and value else value
-            out_of_range = (
-                name in RANGES
-                and not isinstance(number, (str, list))
-                and not wrong_type
-                and not RANGES[name][0] <= number <= RANGES[name][1]
-            )
-            if wrong_type or out_of_range:
-                refused += 1
-                with pytest.raises(ParameterError, match=name):
-                    check_parameters({name: value}, defaults)
-                    check_values({name: value})
-                space = {"__name__": "notebook"}
-                exec(cells[at], space)  # the cell itself, then what papermill injects
-                with pytest.raises(ParameterError, match=name):
-                    exec(f"{name} = value\n" + cells[at + 1], {**space, "value": value})
-    assert refused >= 10
-    numbers = {k for k, v in defaults.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    defaults = notebook_parameters(path)
+    cells = code_cells(path)
+    at = next(i for i, cell in enumerate(cells) if is_tagged(cell))
+    parameters, check = cells[at].source, cells[at + 1].source
+    assert "check_values(globals())" in check  # before any work, also under plain papermill
+    wrong = wrong_values(defaults)
+    assert len(wrong) >= 10
+    for name, value in wrong:
+        with pytest.raises(ParameterError, match=name):
+            check_parameters({name: value}, defaults)
+            check_values({name: value})
+        space = {"__name__": "notebook"}
+        exec(parameters, space)  # the cell itself, then what papermill injects
+        with pytest.raises(ParameterError, match=name):
+            exec(f"{name} = value\n{check}", {**space, "value": value})
+    numbers = {name for name, value in defaults.items() if type(value) in (int, float)}
     assert numbers <= RANGES.keys()
 
 
@@ -135,7 +173,6 @@ def test_rows_that_are_not_rows(tmp_path):
 
 
 def test_unknown_study_names_those_there_are():
-    done = subprocess.run(
-        ["snakemake", "-n", "--config", "study=nothing"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["snakemake", "-n", "--config", "study=nothing"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "there are: cc20k, coco10k, emojishift" in done.stdout + done.stderr

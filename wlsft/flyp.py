@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prompt_tokens', 'flyp_objective', 'FLYP', 'l2_sp', 'L2SP']
 
-# %% ../nbs/07_flyp.ipynb #0153d787
+# %% ../nbs/07_flyp.ipynb #23deb1d8
 import itertools
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ from .models.loop import Objective, checkpointed
 from .models.text import prompt_templates
 from .train import Method, Task, load_training, register_method
 
-# %% ../nbs/07_flyp.ipynb #5d109784
+# %% ../nbs/07_flyp.ipynb #9d671769
 def prompt_tokens(
     model: ImageText,
     classes: Sequence[str],  # C class names as they are read
@@ -32,7 +32,7 @@ def prompt_tokens(
     prompts = [template(name) for name, template in itertools.product(classes, made)]
     return model.tokenizer(prompts).unflatten(0, (len(classes), len(made)))
 
-# %% ../nbs/07_flyp.ipynb #0d7e6719
+# %% ../nbs/07_flyp.ipynb #3839be99
 def flyp_objective(
     model: ImageText,  # both towers and the scale
     labels: torch.Tensor,  # int64 (N,)
@@ -55,7 +55,7 @@ def flyp_objective(
 
     return loss
 
-# %% ../nbs/07_flyp.ipynb #6408600f
+# %% ../nbs/07_flyp.ipynb #800c1938
 @register_method
 class FLYP(Method):
     "Contrastive tuning of both towers on class prompts (Goyal et al. 2022)."
@@ -93,7 +93,7 @@ class FLYP(Method):
     def classifier(self, encoder, heads, alpha, class_names):
         return zero_shot_head(encoder, class_names, prompt_templates())
 
-# %% ../nbs/07_flyp.ipynb #e48bccc5
+# %% ../nbs/07_flyp.ipynb #76aec17d
 def l2_sp(
     model: nn.Module,  # where it is now is its start
     objective: Objective,
@@ -109,7 +109,7 @@ def l2_sp(
 
     return loss
 
-# %% ../nbs/07_flyp.ipynb #3869ecf4
+# %% ../nbs/07_flyp.ipynb #f5e4a5e0
 @register_method
 class L2SP(FT):
     "FT with a penalty on the distance from the start, in place of weight decay (Li et al. 2018)."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['class_objective', 'fit_head', 'zero_shot_start', 'FT', 'label_task', 'LPFT', 'LP']
 
-# %% ../nbs/06_lp_ft.ipynb #6416b4ff
+# %% ../nbs/06_lp_ft.ipynb #ae71696b
 import functools
 
 import numpy as np
@@ -25,7 +25,7 @@ from .models.loop import Objective
 from .models.text import prompt_templates
 from .train import Method, Sources, Task, load_training, register_method
 
-# %% ../nbs/06_lp_ft.ipynb #9791e732
+# %% ../nbs/06_lp_ft.ipynb #f6ecb8a4
 def class_objective(
     head: nn.Linear,  # trained too
     labels: torch.Tensor,  # int64 (N,)
@@ -33,7 +33,7 @@ def class_objective(
     "Cross-entropy of the head's scores with the labels, as an objective for `finetune`."
     return lambda feature, rows, generator: F.cross_entropy(head(feature), labels[rows].to(feature.device))
 
-# %% ../nbs/06_lp_ft.ipynb #62404f85
+# %% ../nbs/06_lp_ft.ipynb #79c27261
 def fit_head(
     encoder: Encoder,  # frozen
     suite: Suite,
@@ -48,7 +48,7 @@ def fit_head(
     grid = np.logspace(-6, 5, c_values)
     return fit_probe(features, labels, len(suite.classes), "logistic", grid, suite.concepts[rows], seed)
 
-# %% ../nbs/06_lp_ft.ipynb #0c338ced
+# %% ../nbs/06_lp_ft.ipynb #78e11f24
 def zero_shot_start(
     model: ImageText,
     class_names: list[str],
@@ -58,7 +58,7 @@ def zero_shot_start(
     scale = model.clip.logit_scale.exp().item()
     return dict(weight=head["weight"] * scale, bias=head["bias"])
 
-# %% ../nbs/06_lp_ft.ipynb #46ea7cb6
+# %% ../nbs/06_lp_ft.ipynb #0f6117ac
 @register_method
 class FT(Method):
     "Cross-entropy from a random head, or from the zero-shot classifier of an image-text model."
@@ -94,7 +94,7 @@ class FT(Method):
     def classifier(self, encoder, heads, alpha, class_names):
         return interpolate(*heads, alpha)
 
-# %% ../nbs/06_lp_ft.ipynb #3c920dc4
+# %% ../nbs/06_lp_ft.ipynb #7425dac8
 def label_task(
     method: FT,
     encoder: Encoder,  # frozen
@@ -112,7 +112,7 @@ def label_task(
     method.start(encoder, task, probe)
     return task
 
-# %% ../nbs/06_lp_ft.ipynb #c6060abc
+# %% ../nbs/06_lp_ft.ipynb #298c51d5
 @register_method
 class LPFT(FT):
     "Cross-entropy from the head of a linear probe (Kumar et al. 2022)."
@@ -123,7 +123,7 @@ class LPFT(FT):
         self,
         *,
         batch_norm: str = "frozen",  # or running: statistics follow the batches
-        c_values: int = 45,  # values of C that the probe tries, from 1e-6 to 1e5
+        c_values: int = 12,  # values of C that the probe tries, 1e-6 to 1e5; DINOv3 tries 45
     ):
         super().__init__(batch_norm=batch_norm)
         self.c_values = c_values
@@ -133,7 +133,7 @@ class LPFT(FT):
         task.head.load_state_dict(dict(weight=fitted.weight, bias=fitted.bias))
         task.record["probe_C"] = fitted.C
 
-# %% ../nbs/06_lp_ft.ipynb #12027072
+# %% ../nbs/06_lp_ft.ipynb #a5826274
 @register_method
 class LP(LPFT):
     "A linear probe: the encoder is frozen, the head is a logistic regression."
@@ -144,7 +144,7 @@ class LP(LPFT):
     def __init__(
         self,
         *,
-        c_values: int = 45,  # values of C that the probe tries, from 1e-6 to 1e5
+        c_values: int = 12,  # values of C that the probe tries, 1e-6 to 1e5; DINOv3 tries 45
     ):
         super().__init__(c_values=c_values)
 
