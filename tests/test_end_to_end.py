@@ -41,7 +41,7 @@ def params(tiny):
 def test_train_sweep_figures(tiny, params, tmp_path):
     runs = tmp_path / "runs"
     train = ["train", *flags(params), "--runs", str(runs)]
-    call("wlsft", *train)
+    main(train)
     (folder,) = [path.parent for path in runs.glob("*/run.json")]
     info = json.loads((folder / "run.json").read_text())
     assert info["parameters"]["adapter"] == "token-replay" and len(info["history"]) == 1
@@ -54,7 +54,7 @@ def test_train_sweep_figures(tiny, params, tmp_path):
     ]
     sweep += ["--study", "e2e", "--runs", str(runs), "--out", str(folder / "rows.parquet")]
     sweep += ["--cache", str(tmp_path / "cache")]
-    call("wlsft", *sweep)
+    main(sweep)
     rows = pd.read_parquet(folder / "rows.parquet")
     assert sorted(rows.alpha.unique()) == [0, 0.5, 1]
     assert set(rows.study) == {"e2e"} and set(rows.method) == {"WLSFT"} and set(rows.run) == {folder.name}

@@ -91,8 +91,8 @@ def is_tagged(cell):
     return "parameters" in cell.metadata.get("tags", [])
 
 
-ROOMS = sorted(path for path in ROOT.glob("nbs/[a-z]*/*.ipynb") if any(map(is_tagged, code_cells(path))))
-NOTEBOOKS = [*sorted(ROOT.glob("nbs/[0-9]*.ipynb")), *ROOMS]
+FOUND = [*sorted(ROOT.glob("nbs/[0-9]*.ipynb")), *sorted(ROOT.glob("nbs/[a-z]*/*.ipynb"))]
+NOTEBOOKS = [path for path in FOUND if any(map(is_tagged, code_cells(path)))]
 STRANGE = [None, True, -1, 1.5, float("nan"), float("inf"), 10**12, "seven", [], [-1], ["x"], {}]
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_outputs', 'renew_outputs', 'readme_links', 'site_links', 'main']
 
-# %% ../../nbs/build/outputs.ipynb #9742dd29
+# %% ../../nbs/build/outputs.ipynb #f107c544
 import base64
 import copy
 import io
@@ -24,7 +24,7 @@ from PIL import Image
 from .site import finish_site
 from ..core.files import atomic_write
 
-# %% ../../nbs/build/outputs.ipynb #4235bd98
+# %% ../../nbs/build/outputs.ipynb #24553a0f
 _SETUP = "import matplotlib\nmatplotlib.rcParams['figure.dpi'] = 80"
 _LIMIT = 300_000  # bytes of outputs a chapter
 
@@ -54,7 +54,7 @@ def _tidy(cell: dict[str, Any]) -> None:
         if "image/png" in output.get("data", {}):
             output["data"]["image/png"] = _small_png(output["data"]["image/png"])
 
-# %% ../../nbs/build/outputs.ipynb #55d89634
+# %% ../../nbs/build/outputs.ipynb #25600b55
 def check_outputs(
     nb: dict[str, Any],  # an executed notebook
     name: str,  # for the message
@@ -68,7 +68,7 @@ def check_outputs(
     if len(text) > _LIMIT:
         raise ValueError(f"the outputs of {name} have {len(text):,} bytes; at most {_LIMIT:,} are kept")
 
-# %% ../../nbs/build/outputs.ipynb #f67eead7
+# %% ../../nbs/build/outputs.ipynb #6970c655
 def renew_outputs(
     path: str | Path,  # a notebook; written again with its outputs
 ) -> int:  # bytes of its outputs
@@ -85,11 +85,13 @@ def renew_outputs(
             cell["outputs"] = done["outputs"]
             _tidy(cell)
     check_outputs(nb, path.name)
+    lines = json.loads(nbformat.writes(nb))  # sources as lists of lines, as nbdev writes them
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(lines, sort_keys=True, indent=1, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
     return len(json.dumps([cell.get("outputs", []) for cell in nb.cells]))
 
-# %% ../../nbs/build/outputs.ipynb #0f7c7e1a
+# %% ../../nbs/build/outputs.ipynb #b0126eac
 def readme_links(
     text: str,  # Markdown of `nbs/index.ipynb`
 ) -> str:  # for the repository's root
@@ -104,7 +106,7 @@ def site_links(
     "Links to figures, relative to the page."
     return re.sub(r"\]\(\.\./((?:\.\./)*figures/)", r"](\1", text)
 
-# %% ../../nbs/build/outputs.ipynb #d5f3f2dc
+# %% ../../nbs/build/outputs.ipynb #cc8b0382
 def main(
     argv: list[str] | None = None,  # arguments; the command line's by default
 ) -> None:
@@ -117,7 +119,9 @@ def main(
             path.write_text(site_links(path.read_text(encoding="utf-8")), encoding="utf-8")
     elif command == "after":
         config = get_config()
-        finish_site(*rest, config.doc_host + config.doc_baseurl)
+        docs, proc = rest
+        repo = f"{config.git_url}/blob/{config.branch}"
+        finish_site(docs, proc, config.doc_host + config.doc_baseurl, repo)
     else:
         for path in (command, *rest):
             print(f"{path}: {renew_outputs(path):,} bytes", flush=True)

@@ -88,7 +88,7 @@ class DINOHead(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.normalize(self.mlp(x), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
 
-# %% ../../nbs/build/pretrain_vit.ipynb #46cd4d2d
+# %% ../../nbs/build/pretrain_vit.ipynb #48917c37
 def dino_loss(
     student: Sequence[torch.Tensor],  # scores (N, K) of each crop, the teacher's crops first
     teacher: Sequence[torch.Tensor],  # scores (N, K) of each large crop
@@ -112,7 +112,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     for a, b in zip(teacher.parameters(), student.parameters()):
         a.lerp_(b, 1 - momentum)
 
-# %% ../../nbs/build/pretrain_vit.ipynb #dbf4260e
+# %% ../../nbs/build/pretrain_vit.ipynb #d319a716
 @dataclass(frozen=True)
 class Schedule:
     "How long and how fast a phase trains."
@@ -159,7 +159,7 @@ def _fit(
             done += 1
         after_epoch(epoch)
 
-# %% ../../nbs/build/pretrain_vit.ipynb #658fc8d4
+# %% ../../nbs/build/pretrain_vit.ipynb #a10ec10d
 def _ignore(*args: object) -> None:
     "Does nothing after an epoch."
 
@@ -202,7 +202,7 @@ def _scores(net: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
     encoder, head = net
     return head(encoder(x)).float()
 
-# %% ../../nbs/build/pretrain_vit.ipynb #312719ab
+# %% ../../nbs/build/pretrain_vit.ipynb #e44e1d5b
 def dino(
     vit: Encoder,
     images: torch.Tensor,  # uint8 (N, 3, H, W)

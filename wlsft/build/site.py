@@ -50,7 +50,7 @@ def _row(
     comment = (about[names[-1]].get("docment") or "").replace("|", r"\|")
     return f"| {shown} | {types} | {defaults} | {comment} |"
 
-# %% ../../nbs/build/site.ipynb #f5b25ad8
+# %% ../../nbs/build/site.ipynb #6e99a33a
 def _table(
     about: Mapping[str, dict],  # from `docments`
 ) -> str:
@@ -89,7 +89,7 @@ def _call(
         return call
     return f"{name}(\n    " + ",\n    ".join(parts) + f"){back}"
 
-# %% ../../nbs/build/site.ipynb #3f90ce38
+# %% ../../nbs/build/site.ipynb #c1c2342e
 class Reference(BasicMarkdownRenderer):
     "An entry of the API reference: source, signature, docstring, and a table if parameters have comments."
 
@@ -145,7 +145,7 @@ def _mathml(match: re.Match) -> str:
 
     return convert(html.unescape(match[2]), display="block" if match[1] == "display" else "inline")
 
-# %% ../../nbs/build/site.ipynb #e14bc9b4
+# %% ../../nbs/build/site.ipynb #3534f6f2
 def _link_pages(text: str, names: Mapping[str, str], folder: str) -> str:
     "Links to notebooks' pages, by the pages' new names."
 
@@ -158,6 +158,15 @@ def _link_pages(text: str, names: Mapping[str, str], folder: str) -> str:
     return re.sub(r'href="([^":#?]+\.html)', rename, text)
 
 
+def _link_outside(text: str, page: str, repo: str) -> str:
+    "Files of the repository outside `nbs/`: figures are part of the site, others are on the code host."
+    up = "../" * page.count("/")
+    text = re.sub(rf'(href|src)="{re.escape(up)}\.\./figures/', rf'\1="{up}figures/', text)
+    if not repo:
+        return text
+    return re.sub(rf'href="{re.escape(up)}\.\./(?!\.\./)', f'href="{repo}/', text)
+
+# %% ../../nbs/build/site.ipynb #8d77ff72
 def _link_chapters(text: str, names: Mapping[str, str], up: str) -> str:
     "Names of notebooks in code type as links; a bare word such as `index` is no such name."
     pages = {k.removesuffix(".html"): v for k, v in names.items() if re.match(r"\d|.+/", k)}
@@ -170,17 +179,19 @@ def _link_chapters(text: str, names: Mapping[str, str], up: str) -> str:
 
     return re.sub(r"(<a [^>]*>\s*)?<code>([^<]+)</code>", link, text)
 
-# %% ../../nbs/build/site.ipynb #1fd331a4
+# %% ../../nbs/build/site.ipynb #28221bc0
 def finish_page(
     text: str,  # HTML as rendered
     names: Mapping[str, str],  # from `page_names`
     base: str,  # the address that nbdev writes before its links
     page: str = "index.html",  # where the page is, relative to the site
+    repo: str = "",  # the address of the repository's files; empty: links to them stay as they are
 ) -> str:  # HTML that needs nothing from elsewhere
     "Equations as MathML, pages by their names, notebooks as links."
     up = "../" * page.count("/")
     text = _MATH.sub(_mathml, _FETCHED.sub("", text))
     text = _link_pages(text, names, posixpath.dirname(page))
+    text = _link_outside(text, page, repo)
     text = text.replace(f'href="{base}/', f'href="{up}')
     return _link_chapters(text, names, up)
 
@@ -195,16 +206,17 @@ def _rename_in(file: Path, names: Mapping[str, str]) -> None:
         text = re.sub(rf'(["/]){re.escape(page)}\b', rf"\g<1>{name}", text)
     file.write_text(text)
 
-# %% ../../nbs/build/site.ipynb #3cafdf60
+# %% ../../nbs/build/site.ipynb #3f0f3682
 def finish_site(
     docs: str | Path,  # the rendered site
     proc: str | Path,  # the notebooks it was rendered from
     base: str,  # the address it will have, as in settings.ini: doc_host and doc_baseurl
+    repo: str = "",  # the address of the repository's files, such as https://host/name/blob/main
 ) -> None:
     "Finish every page, rename it, and rename it in the search index and the sitemap."
     docs, names = Path(docs), page_names(proc)
     for page, name in names.items():
-        text = finish_page((docs / page).read_text(), names, base.rstrip("/"), page)
+        text = finish_page((docs / page).read_text(), names, base.rstrip("/"), page, repo)
         (docs / page).unlink()
         with atomic_write(docs / name) as p:
             p.write_text(text)
@@ -239,7 +251,7 @@ def _fault(
     missing = anchor and target in anchors and anchor not in anchors[target]
     return "no such place on the page" if missing else ""
 
-# %% ../../nbs/build/site.ipynb #99254191
+# %% ../../nbs/build/site.ipynb #a8e162ad
 _SCRIPT = re.compile(r"<(script|style)\b(?![^>]*src)[^>]*>.*?</\1>", re.S)
 _ADDRESS = re.compile(r'<(\w+)\b([^>]*?)\s(?:href|src)="([^"]*)"')
 

@@ -61,7 +61,7 @@ def _accuracy_draws(
     return draws
 
 
-def _level(accuracy: Mapping[str, np.ndarray], groups: _Groups, worst: str) -> dict[str, np.ndarray]:
+def _group_levels(accuracy: Mapping[str, np.ndarray], groups: _Groups, worst: str) -> dict[str, np.ndarray]:
     "Draws of the mean of each group, and of the worst set."
     level = {}
     for split, names in groups.items():
@@ -112,7 +112,7 @@ def alpha_profile(
         tau = fit_temperature(*shares["id-val"]) if "id-val" in shares else float("nan")
         accuracy = _accuracy_draws(w, shares, boot, sets)
         worst = worst or min(groups["OOD"], key=lambda s: accuracy[s][0])
-        level = _level(accuracy, groups, worst)
+        level = _group_levels(accuracy, groups, worst)
         start = start or level
         rows = _change_rows(level, start) + _calibration_rows(shares, groups, tau)
         table += [{"alpha": alpha, "tau": tau, **row} for row in rows]
