@@ -54,7 +54,8 @@ bench: setup
 	mkdir -p runs && wlsft notebook nbs/10_benchmarks.ipynb runs/10_benchmarks.ipynb -p full true
 
 outputs: setup
-	OMP_NUM_THREADS=1 python -m wlsft.build.outputs nbs/0*.ipynb nbs/11_your_own.ipynb
+	python -m wlsft.build.book
+	OMP_NUM_THREADS=1 python -m wlsft.build.outputs nbs/[01]*.ipynb
 
 docs: setup
 	rm -rf _proc _docs && nbdev_proc_nbs && cp -r figures _proc/ && python -m wlsft.build.outputs before _proc

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADAPTERS', 'register_adapter', 'Adapter', 'Full', 'adapt', 'FiLMLayer', 'film_targets', 'FiLM', 'TokenReplay']
 
-# %% ../nbs/01_adapters.ipynb #9f409e9f
+# %% ../nbs/01_adapters.ipynb #8875381e
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ from .models.base import Encoder
 from .models.replay import MEMORY_SOURCES, ReplayAttention, make_memory
 from .models.sites import adapter_sites, as_tokens, is_vit_block, record_tokens, site_names, site_widths
 
-# %% ../nbs/01_adapters.ipynb #c270c3cd
+# %% ../nbs/01_adapters.ipynb #22210533
 ADAPTERS: dict[str, type["Adapter"]] = {}  # name -> class; filled by `register_adapter`
 
 
@@ -27,7 +27,7 @@ def register_adapter(cls: type["Adapter"]) -> type["Adapter"]:
     ADAPTERS[cls.name] = cls
     return cls
 
-# %% ../nbs/01_adapters.ipynb #54b7b95d
+# %% ../nbs/01_adapters.ipynb #e64dfa98
 class Adapter:
     "Extra parameters that leave an encoder's function unchanged before training."
 
@@ -67,7 +67,7 @@ class Adapter:
         "Does this parameter train?"
         return self.owns(key)
 
-# %% ../nbs/01_adapters.ipynb #f915efa3
+# %% ../nbs/01_adapters.ipynb #6e9c1271
 @register_adapter
 class Full(Adapter):
     "Full fine-tuning: nothing is added, everything trains."
@@ -80,7 +80,7 @@ class Full(Adapter):
     def trains(self, key):
         return True
 
-# %% ../nbs/01_adapters.ipynb #d105b290
+# %% ../nbs/01_adapters.ipynb #c4362e05
 def adapt(
     encoder: Encoder,  # changed in place
     adapter: Adapter,  # such as `FiLM()`
@@ -93,7 +93,7 @@ def adapt(
         parameter.requires_grad_(adapter.trains(key))
     return encoder
 
-# %% ../nbs/01_adapters.ipynb #f058367f
+# %% ../nbs/01_adapters.ipynb #d21c351b
 class FiLMLayer(nn.Module):
     "Scale and shift of channels, `(D,)` each; the identity at the start."
 
@@ -117,7 +117,7 @@ class FiLMLayer(nn.Module):
 def _apply_film(module, args, out):
     return module.film(out)
 
-# %% ../nbs/01_adapters.ipynb #28df50a8
+# %% ../nbs/01_adapters.ipynb #6728655c
 def film_targets(
     encoder: Encoder,  # a timm model, or an image-text model
     blocks: Sequence[int] = (),  # indices of sites; empty: all
@@ -134,7 +134,7 @@ def film_targets(
                 found[f"{scope}.{key}"] = (module, getattr(module, "drop", module))
     return found
 
-# %% ../nbs/01_adapters.ipynb #e70605af
+# %% ../nbs/01_adapters.ipynb #eccbb733
 @register_adapter
 class FiLM(Adapter):
     "A scale and a shift after every norm of the chosen blocks; folds into the norms."
@@ -175,7 +175,7 @@ class FiLM(Adapter):
                     del slot._forward_hooks[handle]
         return encoder
 
-# %% ../nbs/01_adapters.ipynb #b5a059c4
+# %% ../nbs/01_adapters.ipynb #2cff48ed
 def _apply_replay(module, args):
     return (module.replay(args[0]), *args[1:])
 
@@ -191,7 +191,7 @@ def _site_before(encoder: Encoder, name: str) -> str:
         raise ParameterError(f"memory_source = 'depth' needs an earlier site; {name} is the first")
     return order[order.index(name) - 1]
 
-# %% ../nbs/01_adapters.ipynb #9f6f9f85
+# %% ../nbs/01_adapters.ipynb #032e4731
 @register_adapter
 class TokenReplay(Adapter):
     "Cross-attention at a block's entrance to tokens recorded from the frozen encoder."
@@ -228,7 +228,7 @@ class TokenReplay(Adapter):
         memories = {name: saved.get(f"{name}.replay.memory") for name in replayed}
         return _attach_replay(encoder, memories, self, 0)
 
-# %% ../nbs/01_adapters.ipynb #2e532dd6
+# %% ../nbs/01_adapters.ipynb #2af086fb
 def _memories(encoder: Encoder, images, adapter: "TokenReplay", seed: int) -> dict[str, torch.Tensor | None]:
     "What is replayed at each site, from one pass of the encoder over the images."
     names = site_names(encoder, adapter.blocks)
@@ -239,7 +239,7 @@ def _memories(encoder: Encoder, images, adapter: "TokenReplay", seed: int) -> di
         found[name] = make_memory(tokens, adapter.memory_source, adapter.memory_size, seed)
     return found
 
-# %% ../nbs/01_adapters.ipynb #a2ab4207
+# %% ../nbs/01_adapters.ipynb #e50394e0
 def _attach_replay(encoder: Encoder, memories: dict, adapter: TokenReplay, seed: int) -> Encoder:
     "Hang a `ReplayAttention` on each site; new weights come from a generator of their own."
     sites = adapter_sites(encoder)

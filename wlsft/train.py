@@ -6,7 +6,7 @@
 __all__ = ['Head', 'Heads', 'METHODS', 'PairHead', 'pair_objective', 'consistency_penalty', 'Sources', 'Task', 'register_method',
            'Method', 'WLSFT', 'load_training']
 
-# %% ../nbs/03_train.ipynb #a378b235
+# %% ../nbs/03_train.ipynb #2e6fd2c0
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -32,7 +32,7 @@ from .models.features import extract_features
 from .models.loop import Objective, finetune
 from .models.text import TextEmbeddings, embed_texts, prompt_templates
 
-# %% ../nbs/03_train.ipynb #dd568a73
+# %% ../nbs/03_train.ipynb #0a0a455c
 class PairHead(nn.Module):
     "A linear map from features to the text tower's space, and the logarithm of the loss's scale."
 
@@ -51,7 +51,7 @@ class PairHead(nn.Module):
         "`(N, D)` features to `(N, E)`."
         return F.linear(feature, self.weight, self.bias)
 
-# %% ../nbs/03_train.ipynb #9f778c2f
+# %% ../nbs/03_train.ipynb #a1b9f6df
 def pair_objective(
     head: PairHead,  # trained too
     pairs: PairCorpus,  # images with groups
@@ -71,7 +71,7 @@ def pair_objective(
 
     return loss
 
-# %% ../nbs/03_train.ipynb #7819e384
+# %% ../nbs/03_train.ipynb #71146a90
 def consistency_penalty(
     encoder: Encoder,  # with token replay of recorded tokens
     weight: float,  # 0: no penalty
@@ -86,7 +86,7 @@ def consistency_penalty(
         frozen = block_outputs(encoder, memories)
     return lambda: weight * replay_consistency(encoder, memories, frozen)
 
-# %% ../nbs/03_train.ipynb #ea066524
+# %% ../nbs/03_train.ipynb #0fecf3cd
 @dataclass(frozen=True)
 class Sources:
     "Where a method's data come from."
@@ -113,7 +113,7 @@ class Task:
     head_0: dict[str, torch.Tensor] | None = None  # classifier at alpha = 0, where it is not the head's start
     record: dict[str, Any] = field(default_factory=dict)  # for `run.json`
 
-# %% ../nbs/03_train.ipynb #07df172e
+# %% ../nbs/03_train.ipynb #95cec7b2
 Head = dict[str, torch.Tensor]  # weight (C, D) and bias (C,)
 Heads = tuple[Head, Head]  # at alpha 0 and 1
 METHODS: dict[str, type["Method"]] = {}  # name -> class; filled by `register_method`
@@ -124,7 +124,7 @@ def register_method(cls: type["Method"]) -> type["Method"]:
     METHODS[cls.name] = cls
     return cls
 
-# %% ../nbs/03_train.ipynb #c8360b81
+# %% ../nbs/03_train.ipynb #62563070
 class Method:
     "What is learned from what; the keywords of `__init__` are its parameters."
 
@@ -162,7 +162,7 @@ class Method:
         "From heads and encoder at alpha; None: k-NN only."
         return None
 
-# %% ../nbs/03_train.ipynb #fcbc2d33
+# %% ../nbs/03_train.ipynb #bcb89994
 @register_method
 class WLSFT(Method):
     "Contrastive tuning on weak text."
@@ -198,7 +198,7 @@ class WLSFT(Method):
         penalty = consistency_penalty(encoder, self.consistency)
         return pair_objective(task.head, task.pairs, task.texts, self.collisions, penalty)
 
-# %% ../nbs/03_train.ipynb #f807b85a
+# %% ../nbs/03_train.ipynb #22c1d24b
 def _load_pairs(encoder: Encoder, sources: Sources) -> PairCorpus:
     "The pair corpus, decoded for the encoder; EmojiShift's class prompts have the simple templates."
     side = encoder.pretrained_cfg["input_size"][-1]
@@ -206,7 +206,7 @@ def _load_pairs(encoder: Encoder, sources: Sources) -> PairCorpus:
     options = (sources.root, side, sources.n_pairs, sources.seed, sources.cache, templates)
     return load_pairs(sources.corpus, *options)
 
-# %% ../nbs/03_train.ipynb #c90f7d31
+# %% ../nbs/03_train.ipynb #84cf660b
 def load_training(
     suite: str,  # see `load_suite`
     encoder: Encoder,  # whose input size the images are decoded for

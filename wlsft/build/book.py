@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROOMS', 'Chapter', 'book', 'sidebar', 'contents']
 
-# %% ../../nbs/build/book.ipynb #c777cac4
+# %% ../../nbs/build/book.ipynb #aa863c7f
 import json
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..datasets.base import data_folder
 
-# %% ../../nbs/build/book.ipynb #065049c8
+# %% ../../nbs/build/book.ipynb #9e49922d
 ROOMS = {  # folder -> what it holds, in reading order
     "datasets": "Data sets",
     "models": "Models",
@@ -38,12 +38,14 @@ class Chapter:
         "Its folder; empty for a numbered chapter."
         return self.path.rpartition("/")[0]
 
-# %% ../../nbs/build/book.ipynb #03f7cde5
+# %% ../../nbs/build/book.ipynb #1de628d7
 def _chapter(path: Path, nbs: Path) -> Chapter:
     "Title and tagline are in the first cell: `# Title`, then `> tagline`."
     first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
-    title, tagline = re.match(r"# (.+)\n+> (.+)", "".join(first["source"])).groups()
-    return Chapter(path.relative_to(nbs).as_posix(), title, tagline)
+    match = re.match(r"# (.+)\n+> (.+)", "".join(first["source"]))
+    if match is None:
+        raise ValueError(f"{path} does not begin with `# Title` and `> tagline`")
+    return Chapter(path.relative_to(nbs).as_posix(), match[1], match[2])
 
 
 def book(
@@ -56,7 +58,7 @@ def book(
         paths += sorted((nbs / room).glob("*.ipynb"))
     return [_chapter(path, nbs) for path in paths]
 
-# %% ../../nbs/build/book.ipynb #d23518cf
+# %% ../../nbs/build/book.ipynb #02efd47c
 def sidebar() -> str:
     "The site's sidebar, as YAML."
     lines = ["website:", "  sidebar:", "    contents:", "      - index.ipynb"]
@@ -82,6 +84,6 @@ def contents() -> str:
         lines.append(f"| [`{name}`]({chapter.path}) | {chapter.tagline} |")
     return "\n".join(lines)
 
-# %% ../../nbs/build/book.ipynb #ab650d90
+# %% ../../nbs/build/book.ipynb #86e97e48
 if __name__ == "__main__" and globals().get("__spec__"):  # python -m, not a notebook
     (data_folder().parent / "nbs/sidebar.yml").write_text(sidebar(), encoding="utf-8")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_outputs', 'renew_outputs', 'readme_links', 'site_links', 'main']
 
-# %% ../../nbs/build/outputs.ipynb #f107c544
+# %% ../../nbs/build/outputs.ipynb #b361fa7b
 import base64
 import copy
 import io
@@ -24,7 +24,7 @@ from PIL import Image
 from .site import finish_site
 from ..core.files import atomic_write
 
-# %% ../../nbs/build/outputs.ipynb #24553a0f
+# %% ../../nbs/build/outputs.ipynb #b99c47b5
 _SETUP = "import matplotlib\nmatplotlib.rcParams['figure.dpi'] = 80"
 _LIMIT = 300_000  # bytes of outputs a chapter
 
@@ -54,7 +54,7 @@ def _tidy(cell: dict[str, Any]) -> None:
         if "image/png" in output.get("data", {}):
             output["data"]["image/png"] = _small_png(output["data"]["image/png"])
 
-# %% ../../nbs/build/outputs.ipynb #25600b55
+# %% ../../nbs/build/outputs.ipynb #6f71925a
 def check_outputs(
     nb: dict[str, Any],  # an executed notebook
     name: str,  # for the message
@@ -68,7 +68,7 @@ def check_outputs(
     if len(text) > _LIMIT:
         raise ValueError(f"the outputs of {name} have {len(text):,} bytes; at most {_LIMIT:,} are kept")
 
-# %% ../../nbs/build/outputs.ipynb #6970c655
+# %% ../../nbs/build/outputs.ipynb #ddd7ccd9
 def renew_outputs(
     path: str | Path,  # a notebook; written again with its outputs
 ) -> int:  # bytes of its outputs
@@ -91,7 +91,7 @@ def renew_outputs(
         temporary.write_text(text + "\n", encoding="utf-8")
     return len(json.dumps([cell.get("outputs", []) for cell in nb.cells]))
 
-# %% ../../nbs/build/outputs.ipynb #b0126eac
+# %% ../../nbs/build/outputs.ipynb #80eb5d89
 def readme_links(
     text: str,  # Markdown of `nbs/index.ipynb`
 ) -> str:  # for the repository's root
@@ -106,7 +106,7 @@ def site_links(
     "Links to figures, relative to the page."
     return re.sub(r"\]\(\.\./((?:\.\./)*figures/)", r"](\1", text)
 
-# %% ../../nbs/build/outputs.ipynb #cc8b0382
+# %% ../../nbs/build/outputs.ipynb #e9c688b7
 def main(
     argv: list[str] | None = None,  # arguments; the command line's by default
 ) -> None:
@@ -115,8 +115,8 @@ def main(
     if command == "readme":
         Path(rest[0]).write_text(readme_links(Path(rest[0]).read_text(encoding="utf-8")), encoding="utf-8")
     elif command == "before":  # the site is rendered
-        for path in Path(rest[0]).rglob("*.ipynb"):
-            path.write_text(site_links(path.read_text(encoding="utf-8")), encoding="utf-8")
+        for notebook in Path(rest[0]).rglob("*.ipynb"):
+            notebook.write_text(site_links(notebook.read_text(encoding="utf-8")), encoding="utf-8")
     elif command == "after":
         config = get_config()
         docs, proc = rest

@@ -90,10 +90,9 @@ RANGES: dict[str, tuple[float, float]] = {  # name -> smallest and largest value
     "draws": (1, 100_000),
     "epochs": (1, 10_000),
     "eps": (0, 2**0.5),
-    "few_lr": (0, 10),
-    "few_steps": (0, 10_000),
     "head_lr": (0, 10),
     "heads": (1, 256),
+    "images": (0, _BIG),
     "k": (1, 100_000),
     "l2": (0, 1e6),
     "lr": (0, 10),
@@ -118,7 +117,7 @@ RANGES: dict[str, tuple[float, float]] = {  # name -> smallest and largest value
 }
 
 # %% ../../nbs/core/params.ipynb #16778256
-_TARGETS = ("out", "few_out", "runs", "cache")  # parameters that name a place for files
+_TARGETS = ("out", "runs", "cache")  # parameters that name a place for files
 
 
 def check_writable(

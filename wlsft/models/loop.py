@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Objective', 'warmup_cosine', 'make_optimizer', 'checkpointed', 'Batch', 'train_step', 'epoch_batches', 'finetune']
 
-# %% ../../nbs/models/loop.ipynb #a485426d
+# %% ../../nbs/models/loop.ipynb #9e549f5a
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -24,10 +24,10 @@ from ..datasets.images import ImageFiles, image_batches
 from .base import Encoder, preprocess
 from .checkpoint import load_checkpoint, save_checkpoint
 
-# %% ../../nbs/models/loop.ipynb #c5750d55
+# %% ../../nbs/models/loop.ipynb #912d71d4
 Objective = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
 
-# %% ../../nbs/models/loop.ipynb #20222c85
+# %% ../../nbs/models/loop.ipynb #45a63bf0
 def warmup_cosine(
     step: int,  # from 0
     steps: int,  # of the whole run
@@ -39,7 +39,7 @@ def warmup_cosine(
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
-# %% ../../nbs/models/loop.ipynb #21b69796
+# %% ../../nbs/models/loop.ipynb #8a12453b
 def make_optimizer(
     encoder: nn.Module,  # `requires_grad` marks what trains
     head: nn.Module,  # all of it trains
@@ -59,7 +59,7 @@ def make_optimizer(
         group["peak"] = group["lr"]
     return optimizer
 
-# %% ../../nbs/models/loop.ipynb #12d9b818
+# %% ../../nbs/models/loop.ipynb #c085b3c8
 def checkpointed(
     function: Callable,  # a tower
     x: torch.Tensor,  # its input (N, ...)
@@ -72,7 +72,7 @@ def checkpointed(
         return function(x)
     return torch.cat([checkpoint(function, part, use_reentrant=False) for part in x.split(size)])
 
-# %% ../../nbs/models/loop.ipynb #fd3ce9f0
+# %% ../../nbs/models/loop.ipynb #239ded42
 class Batch(NamedTuple):
     "One step's input."
 
@@ -108,7 +108,7 @@ def train_step(
     optimizer.step()
     return loss.item()
 
-# %% ../../nbs/models/loop.ipynb #a494b0c3
+# %% ../../nbs/models/loop.ipynb #df3d05a0
 def epoch_batches(
     images: torch.Tensor | ImageFiles,  # uint8 (N, 3, H, W), or files
     epoch: int,  # from 0
@@ -128,7 +128,7 @@ def epoch_batches(
         changed = random_views(pixels.to(device), generator, size=size, batch=(batch_size, part), **views)
         yield Batch(changed, rows, generator)
 
-# %% ../../nbs/models/loop.ipynb #d9cf7421
+# %% ../../nbs/models/loop.ipynb #ac12e495
 def _check_batches(batch_size: int, images: int) -> None:
     "Raises `ParameterError` for a batch size that the images or the processes do not allow."
     processes = rank_and_world()[1]
@@ -137,7 +137,7 @@ def _check_batches(batch_size: int, images: int) -> None:
     if batch_size > images:
         raise ParameterError(f"batch_size = {batch_size} is more than there are images ({images})")
 
-# %% ../../nbs/models/loop.ipynb #ee8378dd
+# %% ../../nbs/models/loop.ipynb #215d7fe6
 @dataclass
 class _Loop:
     "What stays the same from epoch to epoch."
@@ -165,7 +165,7 @@ class _Loop:
                 raise FloatingPointError(f"{where}; the last whole epoch is kept") from error
         return sum(losses) / len(losses)
 
-# %% ../../nbs/models/loop.ipynb #c558497e
+# %% ../../nbs/models/loop.ipynb #1e640159
 def finetune(
     encoder: Encoder,  # `requires_grad` marks what trains; its mode is the caller's
     head: nn.Module,  # trains
@@ -194,7 +194,7 @@ def finetune(
     loop = _Loop(encoder, optimizer, objective, epochs, steps, batch_size, options)
     return _run_epochs(loop, head, images, (seed, views or {}), checkpoint)
 
-# %% ../../nbs/models/loop.ipynb #2500a362
+# %% ../../nbs/models/loop.ipynb #32e6dc45
 def _run_epochs(
     loop: _Loop, head: nn.Module, images, randomness: tuple, checkpoint: Path | None
 ) -> list[float]:
