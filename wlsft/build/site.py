@@ -67,7 +67,7 @@ def _table(
             line = []
     return "\n\n" + "\n".join(rows)
 
-
+# %% ../../nbs/build/site.ipynb #743a1d3f
 def _call(
     name: str,
     signature: inspect.Signature | None,
