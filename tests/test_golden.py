@@ -13,7 +13,7 @@ from wlsft.study.sweep import alpha_sweep, suite_of
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 TEXT = dict(batch_size=16, epochs=2)
 LABELS = dict(batch_size=8, epochs=2)
-CLIP = dict(batch_size=8, encoder="clip_emojishift", lr=1e-4, head_lr=1e-4, weight_decay=0.1)
+CLIP = dict(batch_size=8, encoder="clip_openclipart", lr=1e-4, head_lr=1e-4, weight_decay=0.1)
 REPLAY = dict(adapter="token-replay", memory_size=8)
 RUNS = {
     "WLSFT-full": dict(TEXT, adapter="full", lr=1e-4),
@@ -26,7 +26,7 @@ RUNS = {
     "FLYP-full": dict(method="FLYP", batch_size=8, micro_batch_size=4),
     "FLYP-film": dict(method="FLYP", batch_size=8, adapter="film", collisions="ignored", lr=1e-2),
     "L2-SP-full": dict(CLIP, method="L2-SP", weight_decay=0.0),
-    "LP-clip": dict(method="LP", encoder="clip_emojishift", c_values=3),
+    "LP-clip": dict(method="LP", encoder="clip_openclipart", c_values=3),
     "LP-FT-clip": dict(CLIP, method="LP-FT", c_values=3),
 }
 

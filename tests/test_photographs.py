@@ -162,7 +162,7 @@ def test_the_figures_take_them(swept):
 
 @pytest.mark.parametrize("method, supervision", [("FLYP", "prompts"), ("LP-FT", "labels")])
 def test_labels_of_a_suite(data, tmp_path, method, supervision):
-    options = dict(encoder="clip_emojishift", micro_batch_size=4)
+    options = dict(encoder="clip_openclipart", micro_batch_size=4)
     if method == "LP-FT":
         options = dict(encoder=f"test_vit={data / 'dino.pth'}", head_lr=0.01, c_values=2)
     params = dict(options, method=method, suite="living17", batch_size=8)

@@ -49,7 +49,7 @@ def flyp_objective(
         sampled = tokens[label, template].to(feature.device)
         here = sampled[local_slice(len(sampled))]  # `feature` has been gathered already
         text = all_gather(checkpointed(model.encode_text, here, micro_batch_size))
-        scale = model.clip.logit_scale.exp().clamp(max=100)
+        scale = model.clip.logit_scale.exp()
         shared = collision_arguments(label.to(feature.device), collisions)
         return contrastive_loss(feature, text, scale, *shared)
 
@@ -64,7 +64,7 @@ class FLYP(Method):
     reads = "suite"
     needs = "image-text"
     supervision = "prompts"
-    defaults = dict(encoder="clip_emojishift")
+    defaults = dict(encoder="clip_openclipart")
     loop = dict(lr=1e-4, weight_decay=0.1, head_lr=None)
 
     def __init__(
@@ -115,7 +115,7 @@ class L2SP(FT):
     "FT with a penalty on the distance from the start, in place of weight decay (Li et al. 2018)."
 
     name = "L2-SP"
-    defaults = dict(encoder="clip_emojishift")
+    defaults = dict(encoder="clip_openclipart")
     loop = dict(lr=1e-4, weight_decay=0.0)
 
     def __init__(

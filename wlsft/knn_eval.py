@@ -133,7 +133,7 @@ def _set_rows(
         share = None
         if not SHARE_METRICS.isdisjoint(metrics):
             share = knn_votes(*votes, [k], temperature)[k]
-        result = Predictions(predicted, class_of[queries], suite.concepts[queries.numpy()], share)
+        result = Predictions(predicted, class_of[queries], suite.clusters[queries.numpy()], share)
         rows += metric_rows(result, metrics, keep=k == main_k, k=k, **columns)
     return rows
 

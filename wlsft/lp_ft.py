@@ -46,7 +46,7 @@ def fit_head(
     features = extract_features(encoder, images).numpy()
     labels = suite.labels[rows].numpy()
     grid = np.logspace(-6, 5, c_values)
-    return fit_probe(features, labels, len(suite.classes), "logistic", grid, suite.concepts[rows], seed)
+    return fit_probe(features, labels, len(suite.classes), "logistic", grid, suite.clusters[rows], seed)
 
 # %% ../nbs/06_lp_ft.ipynb #78e11f24
 def zero_shot_start(
@@ -65,7 +65,7 @@ class FT(Method):
 
     name = "FT"
     reads = "suite"
-    defaults = dict(encoder="vit_tiny_emojishift")
+    defaults = dict(encoder="dinov2_small")
     loop: dict | None = dict(lr=3e-4)
 
     def __init__(

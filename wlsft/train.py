@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .adapters import Adapter
-from .core.params import ParameterError, check_choice
+from .core.params import ParameterError, check_choice, check_range
 from .datasets.base import PairCorpus, Suite
 from .datasets.captions import PHOTO_AUGMENTATION
 from .datasets.corpora import load_pairs
@@ -29,7 +29,7 @@ from .evaluation.probe import ridge_regression
 from .losses import COLLISIONS, block_outputs, collision_arguments, contrastive_loss, replay_consistency
 from .models.base import Encoder
 from .models.features import extract_features
-from .models.loop import Objective, finetune
+from .models.loop import SCALE_BOUNDS, Objective, finetune
 from .models.text import TextEmbeddings, embed_texts, prompt_templates
 
 # %% ../nbs/03_train.ipynb #0a0a455c
@@ -51,6 +51,14 @@ class PairHead(nn.Module):
         "`(N, D)` features to `(N, E)`."
         return F.linear(feature, self.weight, self.bias)
 
+    def parameter_groups(self, lr: float) -> list[dict]:
+        "For `make_optimizer`: `lr` is relative to the root mean square of weight and of bias at the start."
+        groups = []
+        for parameter in (self.weight, self.bias):
+            size = parameter.detach().square().mean().sqrt().item()
+            groups.append(dict(params=[parameter], lr=lr * size))
+        return [*groups, dict(params=[self.log_scale], lr=lr, bounds=SCALE_BOUNDS)]
+
 # %% ../nbs/03_train.ipynb #a1b9f6df
 def pair_objective(
     head: PairHead,  # trained too
@@ -65,7 +73,7 @@ def pair_objective(
     def loss(feature, rows, generator):
         group = pairs.group[rows]
         text = texts.sample(group, generator).to(feature.device)
-        scale = head.log_scale.clamp(max=math.log(100)).exp()
+        scale = head.log_scale.exp()
         shared = collision_arguments(group.to(feature.device), collisions)
         return contrastive_loss(head(feature), text, scale, *shared) + penalty()
 
@@ -168,17 +176,20 @@ class WLSFT(Method):
 
     name = "WLSFT"
     adapter = "film"
+    loop = dict(head_lr=0.03)  # relative, see `PairHead`
 
     def __init__(
         self,
         *,
         text_tower: str = "minilm",  # or MODEL/TAG of open_clip
         collisions: str = "positives",  # of equal texts: positives, negatives or ignored
+        ridge_l2: float = 0.1,  # strength of the ridge regression that the head starts from
         consistency: float = 0.0,  # weight of replay consistency
     ):
         check_choice("collisions", collisions, COLLISIONS)
         self.text_tower = text_tower
         self.collisions = collisions
+        self.ridge_l2 = check_range("ridge_l2", ridge_l2, 1e-9, 1e9)
         self.consistency = consistency
 
     def check(self, adapter):
@@ -189,7 +200,8 @@ class WLSFT(Method):
     def task(self, encoder, sources):
         pairs = _load_pairs(encoder, sources)
         texts = embed_texts(pairs.texts, self.text_tower, sources.cache or None)
-        head = PairHead(*ridge_regression(extract_features(encoder, pairs.images), texts.mean(pairs.group)))
+        features = extract_features(encoder, pairs.images)
+        head = PairHead(*ridge_regression(features, texts.mean(pairs.group), self.ridge_l2))
         left_out = dict(left_out=dict(n=len(pairs.skipped), first=pairs.skipped[:20]))
         return Task(pairs.images, head, None, pairs, texts, views=pairs.views, record=left_out)
 

@@ -70,12 +70,13 @@ def random_views(
     size: int = 64,  # side of the views
     scale: tuple[float, float] = (0.5, 1.0),  # smallest and largest area of a crop, see `random_affine`
     angle: float = 0.2,  # largest rotation, radians
+    flip: bool = True,  # mirror half of them
     batch: tuple[int, slice] | None = None,  # rows of the whole batch, and which of them `images` are
     **color: float,  # `strength` and `gray`, see `random_color`
 ) -> torch.Tensor:  # float32 (N, 3, size, size) in [0, 1], on the device of `images`
     "One random view of each image, white outside the image. With `angle` 0, views stay inside the image."
     total, part = batch or (len(images), slice(None))
-    matrix = random_affine(total, g, scale=scale, angle=angle)[part].to(images.device)
+    matrix = random_affine(total, g, scale=scale, angle=angle, flip=flip)[part].to(images.device)
     grid = F.affine_grid(matrix, [len(images), 3, size, size], align_corners=False)
     padding = "zeros" if angle else "border"
     inverted = 1 - images.float() / 255  # white is 0, the padding's value

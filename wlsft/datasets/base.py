@@ -49,12 +49,13 @@ class Suite:
     name: str
     images: Any  # uint8 tensor (N, 3, H, W), or `ImageFiles` (see `datasets/images`)
     labels: torch.Tensor  # int64 (N,)
-    concepts: np.ndarray  # str (N,): images of one concept are not independent
+    clusters: np.ndarray  # str (N,): images of one cluster are not independent; the bootstrap's units
     classes: list[str]  # one name for each label
     sets: dict[str, torch.Tensor]  # set -> query indices
-    shift: dict[str, str]  # set -> ID, OOD, or SEEN (seen concepts, never averaged into OOD)
+    shift: dict[str, str]  # set -> ID, OOD, FAR, or SEEN (seen concepts)
     banks: dict[str, dict[str, torch.Tensor]]  # id, own or mixed -> set -> bank indices; sets may be missing
     class_map: dict[str, torch.Tensor] = field(default_factory=dict)  # set -> int64 (C,): its class, or -1
+    own_k: dict[str, int] = field(default_factory=dict)  # set -> k for its own, small bank
 
     @property
     def class_names(self) -> list[str]:

@@ -22,6 +22,7 @@ from .base import DataError, PairCorpus, data_folder
 from .captions import Candidates, build_corpus, require_path, safe_join, table_pairs, tar_pairs
 from .emojishift import EMOJISHIFT_CORPORA, emojishift_pairs, load_emojishift
 from .images import IMAGE_SUFFIXES, FileSource, ImageSource
+from .openclipart import openclipart_pairs
 
 # %% ../../nbs/datasets/corpora.ipynb #d0000002
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ def _read_emojishift(name: str, root: Path, n: int, seed: int, size: int, cache:
 for _name in EMOJISHIFT_CORPORA:
     _reader = partial(_read_emojishift, _name)
     register_corpus(_name, suite="emojishift", prompts=_name == "emojishift-prompts")(_reader)
+
+
+register_corpus("openclipart", suite="emojishift")(openclipart_pairs)
 
 # %% ../../nbs/datasets/corpora.ipynb #f1bbd4f8
 def imagenet_ids() -> list[str]:

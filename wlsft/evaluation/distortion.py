@@ -17,13 +17,25 @@ from ..models.base import Encoder, preprocess
 from ..models.sites import adapter_sites, as_tokens
 
 # %% ../../nbs/evaluation/distortion.ipynb #827f4011
+def _hsic(
+    k: torch.Tensor,  # float64 (N, N), a Gram matrix; its diagonal is not used
+    m: torch.Tensor,  # another, of the same images
+) -> torch.Tensor:  # a scalar
+    "The unbiased estimate of HSIC (Song et al. 2012, eq. 5)."
+    n = len(k)
+    k, m = k - k.diag().diag(), m - m.diag().diag()
+    both = k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) @ m.sum(0))
+    return ((k * m).sum() + both) / (n * (n - 3))
+
+
 def linear_cka(
-    x: torch.Tensor,  # (N, D): features of one encoder
+    x: torch.Tensor,  # (N, D): features of one encoder, N > 3
     y: torch.Tensor,  # (N, E): features of another, for the same images
-) -> float:  # in [0, 1]
-    "Linear centred kernel alignment (Kornblith et al. 2019, eq. 6), in double precision."
+) -> float:  # at most 1; about 0 for unrelated features, where it may be negative
+    "Linear centred kernel alignment (Kornblith et al. 2019), unbiased, in double precision."
     x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
-    return float((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
+    k, m = x @ x.T, y @ y.T
+    return float(_hsic(k, m) / (_hsic(k, k) * _hsic(m, m)).sqrt())
 
 # %% ../../nbs/evaluation/distortion.ipynb #4d24e8e1
 def mutual_knn(
@@ -112,6 +124,6 @@ def distortion_rows(
         table = distortion(before[split], after[split]).melt("layer", var_name="metric")
         same = dict(scorer="distortion", bank="", k=0, temperature=0.0, set=split, split=split)
         n = len(before[split]["feature"])
-        parts.append(table.assign(**same, n=n, correct=None, concept=None))
-    columns = "scorer bank layer k temperature set split metric value n correct concept".split()
+        parts.append(table.assign(**same, n=n, correct=None, cluster=None))
+    columns = "scorer bank layer k temperature set split metric value n correct cluster".split()
     return pd.concat(parts, ignore_index=True)[columns]

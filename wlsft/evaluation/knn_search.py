@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ..core.device import linear
 from ..core.params import check_range
+from ..datasets.base import DataError
 from wlsft.evaluation.bf16_screen import (
     CandidateTable,
     above_floor,
@@ -70,22 +71,37 @@ def _exclude(
     similarity[hit, rows[hit]] = -torch.inf
 
 # %% ../../nbs/evaluation/knn_search.ipynb #51c932af
+def _unit_rows(
+    x: torch.Tensor,  # float (N, D), of any precision
+    what: str,  # `bank` or `query`
+    first: int = 0,  # number of the first row
+) -> torch.Tensor:  # float32 (N, D), rows of length 1, or 0
+    "Normalised rows. Raises `DataError` naming the first row that is not finite."
+    x = x.float()
+    bad = (~torch.isfinite(x).all(1)).nonzero()[:, 0]
+    if len(bad):
+        raise DataError(f"{what} row {int(bad[0]) + first} is not finite ({len(bad)} such rows here)")
+    return F.normalize(x, dim=1)
+
+
 @torch.inference_mode()
 def knn_search(
-    query: torch.Tensor,  # float32 (N, D)
-    bank: torch.Tensor,  # float32 (B, D)
+    query: torch.Tensor,  # float (N, D); half and double are converted
+    bank: torch.Tensor,  # float (B, D)
     k: int,  # neighbours, at most B
     exclude: torch.Tensor | None = None,  # int (N,): bank row that a query must not find, -1 for none
     chunk_bytes: int = 128 * 2**20,  # memory for one chunk of similarities
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (N, k), falling; bank rows (N, k)
-    "The k most similar bank rows of each query by cosine; ties go to the lower row. The reference."
+    """The k most similar bank rows of each query by cosine; ties go to the lower row. The reference.
+
+    Raises `DataError` for a row of bank or query that is not finite."""
     check_range("k", k, 1, len(bank) - (exclude is not None), integer=True)
-    query = F.normalize(query, dim=1)
+    query = _unit_rows(query, "query")
     bank_rows = max(k, chunk_bytes // (8 * bank.shape[1]))  # of a chunk
     query_rows = max(1, chunk_bytes // (8 * min(bank_rows, len(bank))))
     best: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for low in range(0, len(bank), bank_rows):  # a mapped bank is never in memory as a whole
-        part = F.normalize(bank[low : low + bank_rows], dim=1)
+        part = _unit_rows(bank[low : low + bank_rows], "bank", low)
         for start in range(0, len(query), query_rows):
             similarity = linear(query[start : start + query_rows], part)
             if exclude is not None:
@@ -228,12 +244,13 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 
 def knn(
-    query: torch.Tensor,  # float32 (N, D)
-    bank: torch.Tensor,  # float32 (B, D)
+    query: torch.Tensor,  # float (N, D)
+    bank: torch.Tensor,  # float (B, D)
     k: int,  # neighbours, at most B
     exclude: torch.Tensor | None = None,  # int (N,): bank row that a query must not find, -1 for none
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (N, k), falling; bank rows (N, k)
-    "`knn_bf16` where it pays, else `knn_search`."
-    large = len(bank) >= 16_384 and 32 * k <= len(bank)
+    "`knn_bf16` where it pays, else `knn_search`; see there for errors."
+    query = query.float()
+    large = bank.dtype == torch.float32 and len(bank) >= 16_384 and 32 * k <= len(bank)
     search = knn_bf16 if large and _multiplies_bf16(query.device) else knn_search
     return search(query, bank, k, exclude)

@@ -153,9 +153,9 @@ def metric_rows(
         if name in SHARE_METRICS and predictions.share is None:
             raise ParameterError(f"metric = {name!r} needs class probabilities; this classifier gives none")
         row = {**_UNUSED, **columns, "metric": name, "value": METRICS[name](predictions)}
-        row |= {"n": len(predictions.label), "correct": None, "concept": None}
+        row |= {"n": len(predictions.label), "correct": None, "cluster": None}
         if keep and name == "accuracy":
             row["correct"] = (predictions.predicted == predictions.label).tolist()
-            row["concept"] = predictions.group.tolist()
+            row["cluster"] = predictions.group.tolist()
         rows.append(row)
     return rows

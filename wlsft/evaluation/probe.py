@@ -196,7 +196,7 @@ def _predict(scores: torch.Tensor, suite: Suite, name: str, with_share: bool) ->
         scores = lowest.scatter_reduce_(1, index, scores[:, kept], "amax")
         label = class_map[label]
     share = scores.softmax(1) if with_share else None
-    return Predictions(scores.argmax(1), label, suite.concepts[queries], share)
+    return Predictions(scores.argmax(1), label, suite.clusters[queries], share)
 
 # %% ../../nbs/evaluation/probe.ipynb #2137db9a
 def head_rows(
@@ -225,11 +225,13 @@ def probe_rows(
     seed: int = 0,  # of the held-out tenth
     metrics: Sequence[str] = ("accuracy",),  # as for `head_rows`
 ) -> pd.DataFrame:  # as `head_rows`, with scorer `probe` and bank `id`
-    "How well a ridge probe predicts, fitted to these features of the `id` bank."
+    "How well a ridge probe predicts, fitted to these features of the `id` bank without ID validation."
     bank = suite.banks["id"]["id-test"]
+    if "id-val" in suite.sets:
+        bank = bank[~torch.isin(bank, suite.sets["id-val"])]
     bank_features, labels = features[bank].numpy(), suite.labels[bank].numpy()
     probe = fit_probe(
-        bank_features, labels, len(suite.classes), "ridge", c_values, suite.concepts[bank], seed
+        bank_features, labels, len(suite.classes), "ridge", c_values, suite.clusters[bank], seed
     )
     head = dict(weight=probe.weight, bias=probe.bias)
     return head_rows(features, suite, sets, head, metrics).assign(scorer="probe", bank="id")

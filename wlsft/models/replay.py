@@ -48,6 +48,10 @@ class ReplayAttention(nn.Module):
         else:
             self.register_buffer("memory", memory)
 
+    def no_weight_decay(self) -> set[str]:
+        "A learned memory does not decay; see `make_optimizer`."
+        return {"memory"}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "`x`, `(N, T, D)` or `(N, D, H, W)`, plus what is read."
         memory = self.earlier[0].__dict__.pop("kept") if self.memory is None else self.memory

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ..core.params import check_range
 from ..evaluation.metrics import brier, calibration_error, fit_temperature, temperature_scale
 from ..evaluation.probe import ridge_regression
-from ..evaluation.stats import ConceptBootstrap, percentile_interval
+from ..evaluation.stats import ClusterBootstrap, percentile_interval
 from ..knn_eval import K_VALUES
 from .alpha_neighbours import AlphaNeighbours, vote_shares, votes
 from .plots import SPLIT_STYLES
@@ -49,7 +49,7 @@ _Groups = Mapping[str, Sequence[str]]  # split -> sets
 def _accuracy_draws(
     w: AlphaNeighbours,
     shares: _Votes,
-    boot: ConceptBootstrap,
+    boot: ClusterBootstrap,
     sets: Sequence[str],
 ) -> dict[str, np.ndarray]:  # set -> (draws + 1,), percent
     "Accuracy of each set under every bootstrap draw."
@@ -57,7 +57,7 @@ def _accuracy_draws(
     for s in sets:
         share, label = shares[s]
         right = (share.argmax(1) == label).numpy()
-        draws[s] = boot.accuracy(right, w.suite.concepts[w.suite.sets[s].numpy()])
+        draws[s] = boot.accuracy(right, w.suite.clusters[w.suite.sets[s].numpy()])
     return draws
 
 
@@ -96,14 +96,14 @@ def alpha_profile(
     k: int = 20,  # neighbours that vote
     temperature: float = 0.07,  # of the vote
     draws: int = 1000,  # bootstrap draws
-    seed: int = 0,  # of the bootstrap over concepts
+    seed: int = 0,  # of the bootstrap over clusters
 ) -> pd.DataFrame:  # alpha, metric, set, value, low, high, tau
     "Accuracy, its change, ECE and Brier along alpha. Tau is fitted on ID validation at each alpha."
     check_range("k", k, 1, min(c.shape[2] for c in w.cosines.values()), integer=True)
     groups = {split: w.sets_of(split) for split in SPLITS}
     sets = groups["ID"] + groups["OOD"]
-    concepts = np.concatenate([w.suite.concepts[w.suite.sets[s].numpy()] for s in sets])
-    boot = ConceptBootstrap(concepts.tolist(), draws, seed)
+    clusters = np.concatenate([w.suite.clusters[w.suite.sets[s].numpy()] for s in sets])
+    boot = ClusterBootstrap(clusters.tolist(), draws, seed)
     table: list[dict] = []
     start: dict[str, np.ndarray] = {}
     worst = ""

@@ -220,7 +220,7 @@ Drag &alpha; to see k-NN accuracy (k = 20) <b class="id">in distribution (&#9679
 </div>
 <p><small>{{sampled}} A tick and a full outline: a neighbour of the query's class.
 A cross and a dashed outline: another class.
-Changes have 95% intervals over concepts, of one seed.</small></p>
+Changes have 95% intervals over families, of one seed.</small></p>
 <script type="application/json" id="data">{{data}}</script>
 <script>{{script}}</script>
 </html>

@@ -70,7 +70,7 @@ def parameters(
     check_choice("method", method, METHODS)
     cls = METHODS[method]
     adapter = check_choice("adapter", adapter or cls.adapter, ADAPTERS)
-    found = dict(method=method, adapter=adapter, encoder="tf_efficientnet_lite0", **_SOURCES[cls.reads])
+    found = dict(method=method, adapter=adapter, encoder="dinov2_small", **_SOURCES[cls.reads])
     found |= cls.defaults
     for part in (keywords(ADAPTERS[adapter].__init__), keywords(cls.__init__), loop_options(method)):
         found |= part
@@ -102,7 +102,7 @@ def _check_source(params: dict[str, Any], method: Method) -> None:
     else:
         check_suite(params["suite"])
     if method.needs == "image-text" and not is_image_text(params["encoder"]):
-        allowed = "clip_emojishift, or a model of open_clip"
+        allowed = "clip_openclipart, or a model of open_clip"
         raise ParameterError(
             f"encoder = {params['encoder']!r} has no text tower; {method.name} needs {allowed}"
         )
@@ -169,10 +169,11 @@ def data_digest(
     encoder: str,  # its name, or NAME=FILE
     root: str | Path = "",  # see `data_folder`
 ) -> str:
-    "A short hash of EmojiShift's checksums and of the encoder's file, if it is shipped or named."
+    "A short hash of the shipped tables' checksums and of the encoder's file, if it is shipped or named."
     name, _, path = encoder.partition("=")
     weights = Path(path) if path else shipped_file(f"encoders/{name}.safetensors", root)
-    files = [shipped_file("emojishift/checksums.json", root), weights]
+    tables = [f"{folder}/checksums.json" for folder in ("emojishift", "openclipart", "tuxpaint")]
+    files = [*(shipped_file(table, root) for table in tables), weights]
     return digest([_sha256(f, f.stat().st_mtime_ns) for f in files if f.is_file()])
 
 # %% ../../nbs/study/schema.ipynb #924285b8
