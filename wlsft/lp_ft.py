@@ -7,6 +7,7 @@ __all__ = ['class_objective', 'fit_head', 'zero_shot_start', 'FT', 'label_task',
 
 # %% ../nbs/06_lp_ft.ipynb #ae71696b
 import functools
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from .datasets.images import ImageFiles
 from .evaluation.probe import Probe, fit_probe
 from .interpolation import interpolate
 from .models.base import Encoder
-from .models.features import extract_features
+from .models.features import cached_features
 from .models.image_text import ImageText, is_text_parameter, zero_shot_head
 from .models.loop import Objective
 from .models.text import prompt_templates
@@ -41,9 +42,10 @@ def fit_head(
     images: torch.Tensor | ImageFiles,  # those images
     c_values: int,  # how many values of C are tried
     seed: int,  # of the held-out tenth
+    cache: str | Path = "",  # see `cached_features`
 ) -> Probe:
-    "Logistic probe of frozen features; C is chosen on held-out concepts."
-    features = extract_features(encoder, images).numpy()
+    "Logistic probe of frozen features; C is chosen on held-out clusters."
+    features = cached_features(encoder, images, cache).numpy()
     labels = suite.labels[rows].numpy()
     grid = np.logspace(-6, 5, c_values)
     return fit_probe(features, labels, len(suite.classes), "logistic", grid, suite.clusters[rows], seed)
@@ -108,7 +110,7 @@ def label_task(
     task = Task(images, head, suite.labels[rows], views=views, class_names=suite.class_names)
     if isinstance(encoder, ImageText):
         task.head_0 = zero_shot_start(encoder, suite.class_names)
-    probe = functools.partial(fit_head, encoder, suite, rows, images, seed=sources.seed)
+    probe = functools.partial(fit_head, encoder, suite, rows, images, seed=sources.seed, cache=sources.cache)
     method.start(encoder, task, probe)
     return task
 

@@ -28,7 +28,7 @@ from .datasets.suites import load_suite
 from .evaluation.probe import ridge_regression
 from .losses import COLLISIONS, block_outputs, collision_arguments, contrastive_loss, replay_consistency
 from .models.base import Encoder
-from .models.features import extract_features
+from .models.features import cached_features
 from .models.loop import SCALE_BOUNDS, Objective, finetune
 from .models.text import TextEmbeddings, embed_texts, prompt_templates
 
@@ -200,7 +200,7 @@ class WLSFT(Method):
     def task(self, encoder, sources):
         pairs = _load_pairs(encoder, sources)
         texts = embed_texts(pairs.texts, self.text_tower, sources.cache or None)
-        features = extract_features(encoder, pairs.images)
+        features = cached_features(encoder, pairs.images, sources.cache)
         head = PairHead(*ridge_regression(features, texts.mean(pairs.group), self.ridge_l2))
         left_out = dict(left_out=dict(n=len(pairs.skipped), first=pairs.skipped[:20]))
         return Task(pairs.images, head, None, pairs, texts, views=pairs.views, record=left_out)

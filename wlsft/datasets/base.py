@@ -6,7 +6,7 @@
 __all__ = ['DataError', 'data_folder', 'shipped_file', 'Suite', 'PairCorpus']
 
 # %% ../../nbs/datasets/base.ipynb #bf2e37c4
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,26 @@ class Suite:
     banks: dict[str, dict[str, torch.Tensor]]  # id, own or mixed -> set -> bank indices; sets may be missing
     class_map: dict[str, torch.Tensor] = field(default_factory=dict)  # set -> int64 (C,): its class, or -1
     own_k: dict[str, int] = field(default_factory=dict)  # set -> k for its own, small bank
+    version: str = ""  # changes when its files do
 
     @property
     def class_names(self) -> list[str]:
         "The classes as prompts spell them, with spaces for hyphens."
         return [c.replace("-", " ") for c in self.classes]
+
+    def thin(
+        self,
+        queries: int,  # every n-th query of each set is kept
+        bank: int = 1,  # every n-th image of each bank is kept
+    ) -> "Suite":
+        "The suite with fewer images, for a quick look. Sets that are their own bank are thinned as queries."
+        sets = {name: rows[::queries] for name, rows in self.sets.items()}
+        banks = {}
+        for which, members in self.banks.items():
+            banks[which] = {name: rows[::bank] for name, rows in members.items()}
+        own = banks.get("own", {})
+        own |= {name: sets[name] for name in own if torch.equal(self.banks["own"][name], self.sets[name])}
+        return replace(self, sets=sets, banks=banks)
 
 # %% ../../nbs/datasets/base.ipynb #dab5c37a
 @dataclass(frozen=True)

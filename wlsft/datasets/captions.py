@@ -64,6 +64,10 @@ class TarSource:
     def name(self, i: int) -> str:
         return ":".join(self.members[i][:2])
 
+    def file(self, i: int) -> str:
+        "Where image i is stored."
+        return self.members[i][0]
+
     def open(self, i: int) -> Image.Image:
         return Image.open(io.BytesIO(self.read(i)))
 

@@ -21,7 +21,7 @@ from ..core.params import check_choice, check_range
 from .base import DataError, PairCorpus, data_folder
 from .captions import Candidates, build_corpus, require_path, safe_join, table_pairs, tar_pairs
 from .emojishift import EMOJISHIFT_CORPORA, emojishift_pairs, load_emojishift
-from .images import IMAGE_SUFFIXES, FileSource, ImageSource
+from .images import IMAGE_SUFFIXES, FileSource, ImageSource, file_stamp
 from .openclipart import openclipart_pairs
 
 # %% ../../nbs/datasets/corpora.ipynb #d0000002
@@ -228,19 +228,22 @@ def default_suite(corpus: str) -> str:
     return CORPORA[corpus].suite if corpus in CORPORA else ""
 
 # %% ../../nbs/datasets/corpora.ipynb #8ce7a750
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+def _custom_fingerprint(table: Path) -> str:
+    "A hash of a custom table and of the stamps of the images that it names."
+    source, texts, _ = table_pairs(table)
+    return digest([texts, [[str(path), *file_stamp(path)] for path in source.paths]])
 
 
 def corpus_fingerprint(corpus: str, root: str | Path = "") -> str:
-    """A hash of the names and sizes at the top of a corpus's folder, or of a custom table. Empty for
-    EmojiShift, whose files are checked whenever they are read."""
+    """A hash of names, sizes and times at the top of a corpus's folder, or of a custom table and its images.
+
+    Empty for shipped corpora, whose files are checked whenever they are read."""
     check_corpus(corpus)
     if is_custom(corpus):
-        table = require_path(Path(corpus.partition("=")[2]), "a .csv or .tsv of images and captions")
-        return digest(table.read_text(errors="replace"))
+        expected = "a .csv or .tsv of images and captions"
+        return _custom_fingerprint(require_path(Path(corpus.partition("=")[2]), expected))
     if not CORPORA[corpus].files:
         return ""
     path = require_path(data_folder(root) / CORPORA[corpus].files, f"the files of {corpus}")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return digest([(p.name, _size(p)) for p in files])
+    return digest([[p.name, *file_stamp(p)] for p in files])

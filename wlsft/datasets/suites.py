@@ -6,8 +6,11 @@
 __all__ = ['PUBLISHED_SIZES', 'check_suite', 'write_checksums', 'load_suite', 'suite_fingerprint']
 
 # %% ../../nbs/datasets/suites.ipynb #bdf3d130
+import filecmp
 import hashlib
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from ..core.files import write_json
@@ -17,6 +20,7 @@ from .base import DataError, Suite, data_folder
 from .benchmarks import CIFAR10_SIZES
 from .corpora import class_files, is_custom
 from .emojishift import emojishift_suite, load_emojishift
+from .images import file_stamp
 from .imagenet import IMAGENET_SIZES
 from .labelled import SUITES, LabelledSet, build_suite, image_folder
 
@@ -107,6 +111,33 @@ def _check_copy(name: str, checksums: dict[str, dict], folder: Path) -> None:
                 f"wlsft.datasets.suites.write_checksums({name!r}, {str(folder)!r})"
             )
 
+# %% ../../nbs/datasets/suites.ipynb #b6b54cb4
+def _copies(suite: Suite) -> list[str]:
+    "Names of queries whose file is, byte for byte, also one of the bank's. Only files of equal size are read."
+    found = []
+    images = suite.images
+    for name, queries in suite.sets.items():
+        bank = suite.banks["id"][name]
+        of_size: dict[int, list[int]] = {}
+        for i in bank.tolist():
+            of_size.setdefault(file_stamp(images.name(i))[0], []).append(i)
+        for i in queries.tolist():
+            path = Path(images.name(i))
+            same = [j for j in of_size.get(file_stamp(path)[0], []) if j != i]
+            if path.is_file() and any(filecmp.cmp(path, images.name(j), shallow=False) for j in same):
+                found.append(f"{name}: {path}")
+    return found
+
+
+def _warn_copies(suite: Suite) -> None:
+    "Say which queries would find themselves in the bank."
+    found = _copies(suite)
+    if found:
+        warnings.warn(
+            f"{len(found)} queries of {suite.name} are also in the bank, the same image twice: "
+            f"{'; '.join(found[:3])}"
+        )
+
 # %% ../../nbs/datasets/suites.ipynb #0637664a
 def load_suite(
     name: str,  # `emojishift`, one of `SUITES`, or NAME=FOLDER of custom data
@@ -121,14 +152,17 @@ def load_suite(
     classes, bank, parts = _read_suite(name, folder)
     checksums = {s: _checksum(part) for s, part in {"bank": bank, **parts}.items()}
     _check_copy(name, checksums, folder)
-    return build_suite(name.partition("=")[0], classes, bank, parts, size, crop)
+    suite = build_suite(name.partition("=")[0], classes, bank, parts, size, crop)
+    if is_custom(name):
+        _warn_copies(suite)
+    return replace(suite, version=digest(suite.images.versions()))
 
 # %% ../../nbs/datasets/suites.ipynb #3adb99b3
 def suite_fingerprint(
     suite: str,  # name of a suite
     root: str | Path = "",  # see `data_folder`
 ) -> str:  # empty without checksums
-    "A hash of the names and sizes of all files of a custom suite, or of a suite's written checksums."
+    "A hash of names, sizes and times of all files of a custom suite, or of a suite's written checksums."
     if not is_custom(suite):
         path = _checksum_file(suite, data_folder(root))
         return digest(path.read_text()) if path.is_file() else ""
@@ -136,4 +170,4 @@ def suite_fingerprint(
     if not base.is_dir():
         raise DataError(f"suite {suite} is not there; expected: a folder with train, id-test and others")
     files = [path for path in base.rglob("*") if path.is_file()]
-    return digest(sorted((str(path.relative_to(base)), path.stat().st_size) for path in files))
+    return digest(sorted([str(path.relative_to(base)), *file_stamp(path)] for path in files))

@@ -71,17 +71,16 @@ def _exclude(
     similarity[hit, rows[hit]] = -torch.inf
 
 # %% ../../nbs/evaluation/knn_search.ipynb #51c932af
-def _unit_rows(
-    x: torch.Tensor,  # float (N, D), of any precision
+def _check_finite(
+    x: torch.Tensor,  # float (N, D)
     what: str,  # `bank` or `query`
     first: int = 0,  # number of the first row
-) -> torch.Tensor:  # float32 (N, D), rows of length 1, or 0
-    "Normalised rows. Raises `DataError` naming the first row that is not finite."
-    x = x.float()
+) -> torch.Tensor:  # x
+    "Raises `DataError` naming the first row that is not finite."
     bad = (~torch.isfinite(x).all(1)).nonzero()[:, 0]
     if len(bad):
         raise DataError(f"{what} row {int(bad[0]) + first} is not finite ({len(bad)} such rows here)")
-    return F.normalize(x, dim=1)
+    return x
 
 
 @torch.inference_mode()
@@ -96,12 +95,12 @@ def knn_search(
 
     Raises `DataError` for a row of bank or query that is not finite."""
     check_range("k", k, 1, len(bank) - (exclude is not None), integer=True)
-    query = _unit_rows(query, "query")
+    query = F.normalize(_check_finite(query, "query").float(), dim=1)
     bank_rows = max(k, chunk_bytes // (8 * bank.shape[1]))  # of a chunk
     query_rows = max(1, chunk_bytes // (8 * min(bank_rows, len(bank))))
     best: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for low in range(0, len(bank), bank_rows):  # a mapped bank is never in memory as a whole
-        part = _unit_rows(bank[low : low + bank_rows], "bank", low)
+        part = F.normalize(_check_finite(bank[low : low + bank_rows], "bank", low).float(), dim=1)
         for start in range(0, len(query), query_rows):
             similarity = linear(query[start : start + query_rows], part)
             if exclude is not None:
@@ -220,6 +219,7 @@ def knn_bf16(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (N, k), falling; bank rows (N, k)
     "`knn_search` through bfloat16; equal up to the order of cosines that differ by float32's rounding."
     check_range("k", k, 1, len(bank) - (exclude is not None), integer=True)
+    _check_finite(query, "query")
     stride = max(1, len(bank) // max(chunk, len(bank) // 32))
     _, sample, error = to_bf16(bank[::stride])
     likely = 1.1 * error.max().item()

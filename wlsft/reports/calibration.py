@@ -61,12 +61,12 @@ def _accuracy_draws(
     return draws
 
 
-def _group_levels(accuracy: Mapping[str, np.ndarray], groups: _Groups, worst: str) -> dict[str, np.ndarray]:
-    "Draws of the mean of each group, and of the worst set."
+def _group_levels(accuracy: Mapping[str, np.ndarray], groups: _Groups, named: str) -> dict[str, np.ndarray]:
+    "Draws of the mean of each group, and of one named set."
     level = {}
     for split, names in groups.items():
         level[split] = np.mean([accuracy[s] for s in names], 0)
-    return {**level, f"worst: {worst}": accuracy[worst]}
+    return {**level, named: accuracy[named]}
 
 # %% ../../nbs/reports/calibration.ipynb #6d6c9fb9
 def _change_rows(level: Mapping[str, np.ndarray], start: Mapping[str, np.ndarray]) -> list[dict]:
@@ -106,13 +106,12 @@ def alpha_profile(
     boot = ClusterBootstrap(clusters.tolist(), draws, seed)
     table: list[dict] = []
     start: dict[str, np.ndarray] = {}
-    worst = ""
+    named = "openmoji" if "openmoji" in groups["OOD"] else groups["OOD"][0]  # before any result
     for i, alpha in enumerate(w.alphas):
         shares = {s: vote_shares(w, i, s, k, temperature) for s in w.cosines}
         tau = fit_temperature(*shares["id-val"]) if "id-val" in shares else float("nan")
         accuracy = _accuracy_draws(w, shares, boot, sets)
-        worst = worst or min(groups["OOD"], key=lambda s: accuracy[s][0])
-        level = _group_levels(accuracy, groups, worst)
+        level = _group_levels(accuracy, groups, named)
         start = start or level
         rows = _change_rows(level, start) + _calibration_rows(shares, groups, tau)
         table += [{"alpha": alpha, "tau": tau, **row} for row in rows]
@@ -133,7 +132,7 @@ def _draw_metric(
 ) -> None:
     "One line with its interval for each set."
     for (metric, name), g in t.groupby(["metric", "set"], sort=False):
-        style = SPLIT_STYLES.get(name, SPLIT_STYLES["worst"])
+        style = SPLIT_STYLES.get(name, SPLIT_STYLES["openmoji"])
         _, _, variant = metric.partition(", ")
         label = f"{name}, {variant}" if variant else name
         face = "white" if open_marks else style.color

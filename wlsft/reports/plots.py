@@ -63,13 +63,20 @@ _MARKER_CYCLE = "oD^sPv<>X*hpd"
 SPLIT_STYLES = {
     "ID": Style("ID", BLUE, "o", "-"),
     "OOD": Style("OOD", RED, "s", "--"),
-    "worst": Style("worst style", "#555555", "v", ":"),
+    "openmoji": Style("openmoji", "#555555", "v", ":"),
+    "photographs": Style("photographs, ID bank", GREEN, "^", ":"),
+    "photographs, own": Style("photographs, own bank", GREEN, "^", "-"),
+    "clipart": Style("clip art, ID bank", PURPLE, "D", ":"),
+    "clipart, own": Style("clip art, own bank", PURPLE, "D", "-"),
 }
 CORPUS_STYLE = {  # marker and dashes
     "emojishift-prompts": ("^", ":"),
     "emojishift-names": ("s", "--"),
     "emojishift-keywords": ("o", "-"),
+    "emojishift-masked": ("v", "--"),
     "emojishift-shuffled": ("X", "-."),
+    "emojishift-shuffled-within": ("x", "-."),
+    "openclipart": ("s", "--"),
     "emojishift-labels": ("P", "-"),
     "imagenet20k": ("^", ":"),
     "cc20k": ("s", "--"),
@@ -78,7 +85,7 @@ CORPUS_STYLE = {  # marker and dashes
 }
 MAIN_CONFIGS = [  # method, adapter, variant, corpus
     ("WLSFT", "token-replay", "", "emojishift-prompts"),
-    ("WLSFT", "token-replay", "", "emojishift-names"),
+    ("WLSFT", "token-replay", "", "openclipart"),
     ("WLSFT", "film", "", "emojishift-keywords"),
     ("WLSFT", "full", "", "emojishift-keywords"),
     ("FT", "full", "", "emojishift-labels"),

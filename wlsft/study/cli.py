@@ -110,7 +110,9 @@ def _sweep(args: argparse.Namespace) -> None:
     options = {key: p[key] for key in ("scorers", "metrics", "all_banks", "max_feature_error")}
     with file_lock(out.with_name(f"sweep-{name}.lock")):
         suite = suite_of(run, p["suite"], args.data)
-        rows = alpha_sweep(run, suite, alphas, cache=args.cache, bf16=args.bf16, **options)
+        shared = runs_folder(args.runs) / "cache"
+        given = dict(cache=args.cache, shared=shared, bf16=args.bf16, **options)
+        rows = alpha_sweep(run, suite, alphas, **given)
         write_rows(rows.assign(study=args.study), out)
     print(out)
 

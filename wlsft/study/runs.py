@@ -6,6 +6,7 @@
 __all__ = ['train_run', 'save_run', 'Run', 'read_record', 'load_run']
 
 # %% ../../nbs/study/runs.ipynb #24f666a2
+import hashlib
 import itertools
 import json
 import resource
@@ -117,6 +118,11 @@ def _provenance(encoder: nn.Module, params: dict[str, Any], root: str | Path) ->
     )
 
 # %% ../../nbs/study/runs.ipynb #75a36d60
+def _sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def save_run(
     folder: Path,
     thetas: tuple[dict, dict],  # state dicts at alpha 0 and 1, with the same keys
@@ -138,7 +144,7 @@ def save_run(
             tensors[f"head_{end}.{key}"] = value.contiguous()
     with atomic_write(folder / "theta.safetensors") as path:
         save_file(tensors, path)
-    write_json(folder / "run.json", info)
+    write_json(folder / "run.json", {**info, "theta": _sha256_of(folder / "theta.safetensors")})
     (folder / "state.pt").unlink(missing_ok=True)  # what a killed run would have resumed from
 
 # %% ../../nbs/study/runs.ipynb #effddd66
@@ -170,7 +176,8 @@ def read_record(
     try:
         info = json.loads(path.read_text())
         p = info["parameters"]
-        complete = all(isinstance(text, str) for text in (p["encoder"], p["adapter"], info["encoder_digest"]))
+        needed = (p["encoder"], p["adapter"], info["encoder_digest"], info["theta"])
+        complete = all(isinstance(text, str) for text in needed)
         make_method(p)
         make_adapter(p)
     except (ValueError, RecursionError) as error:
@@ -179,7 +186,7 @@ def read_record(
         complete = False
     if not complete:
         raise DataError(
-            f"{path} is not the record of a run: it should have `encoder_digest` and `parameters`"
+            f"{path} is not the record of a run: it should have `encoder_digest`, `theta` and `parameters`"
         )
     return info
 
@@ -205,11 +212,14 @@ def load_run(
     "Rebuild a run. Raises `ParameterError` for an unknown name and `DataError` for a file that does not fit."
     folder = _find_run(name, runs, root)
     info = read_record(folder / "run.json")
+    path = folder / "theta.safetensors"
     try:
-        saved = load_file(folder / "theta.safetensors")
-    except Exception as error:
-        raise DataError(f"{folder / 'theta.safetensors'} is missing or cut short ({error})") from error
-    return _rebuild(folder.name, info, saved, root)
+        found = _sha256_of(path)
+    except OSError as error:
+        raise DataError(f"{path} is missing or cannot be read ({error})") from error
+    if found != info["theta"]:
+        raise DataError(f"{path} was cut short or changed: its SHA-256 is {found}, not {info['theta']}")
+    return _rebuild(folder.name, info, load_file(path), root)
 
 # %% ../../nbs/study/runs.ipynb #3c72063c
 def _part(saved: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

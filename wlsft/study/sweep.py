@@ -29,7 +29,8 @@ from ..evaluation.metrics import METRICS
 from ..evaluation.probe import head_rows, probe_rows
 from ..evaluation.stats import COLUMNS
 from ..interpolation import interpolate
-from ..knn_eval import knn_rows, required_rows
+from ..models.features import extract_features_to
+from ..knn_eval import knn_rows, required_rows, retention_sets
 from .runs import Run
 
 # %% ../../nbs/study/sweep.ipynb #65b3b2c5
@@ -64,7 +65,12 @@ def register_scorer(name: str) -> Callable:
 # %% ../../nbs/study/sweep.ipynb #e5b1a3d1
 @register_scorer("knn")
 def _score_knn(point: Point) -> pd.DataFrame:
-    return knn_rows(point.features, point.suite, point.sets, point.banks, metrics=point.metrics)
+    given = (point.features, point.suite)
+    parts = [knn_rows(*given, point.sets, point.banks, metrics=point.metrics)]
+    if "own" not in point.banks:
+        retained = [name for name in retention_sets(point.suite) if name in point.sets]
+        parts.append(knn_rows(*given, retained, ["own"], metrics=point.metrics))
+    return pd.concat(parts, ignore_index=True)
 
 
 @register_scorer("head")
@@ -149,10 +155,12 @@ def alpha_sweep(
     metrics: Sequence[str] = ("accuracy",),  # any of `METRICS`
     all_banks: bool = False,  # at alpha 0 and 1, also the seen concepts and all banks
     cache: str | Path = "",  # a folder: an interrupted sweep continues; empty: nothing is kept
+    shared: str
+    | Path = "",  # a folder where runs of one encoder share its features at alpha = 0; empty: none
     **embedding: Any,  # `bf16` and `max_feature_error`, see `alpha_features`
 ) -> pd.DataFrame:  # rows without the column `study`
     "Rows of theta(alpha) for every alpha. Weights, mode and device of the encoder stay as they were."
-    plan = _Plan(run, suite, [float(alpha) for alpha in alphas], all_banks)
+    plan = _Plan(run, suite, [float(alpha) for alpha in alphas], all_banks, shared)
     key = _cache_key(plan, scorers, metrics, embedding)
     path = Path(cache) / f"{run.name}-{key}.npy" if cache else None
     if path and path.with_suffix(".parquet").is_file():
@@ -174,6 +182,7 @@ class _Plan:
     suite: Suite
     alphas: list[float]
     all_banks: bool
+    shared: str | Path = ""
 
     def everything_at(self, alpha: float) -> bool:
         return self.all_banks and alpha in (0, 1)
@@ -184,10 +193,29 @@ class _Plan:
         return [name for name in self.suite.sets if self.suite.shift[name] != "SEEN"], ["id"]
 
 # %% ../../nbs/study/sweep.ipynb #e4a44dee
+def _pretrained_features(plan: _Plan, rows: torch.Tensor, bf16: bool) -> torch.Tensor:
+    "Features at alpha = 0, computed by the first run of this encoder that asks."
+    encoder = plan.run.encoder
+    what = [plan.run.info["encoder_digest"], _images_key(plan.suite), rows.tolist(), bf16]
+    path = Path(plan.shared) / f"pretrained-{digest([*what, code_digest('study.sweep')])}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return extract_features_to(encoder, plan.suite.images[rows], path, bf16=bf16)
+
+
 def _embed(plan: _Plan, alphas: list[float], rows: torch.Tensor, path: Path | None, **embedding: Any):
     "Features of some images at every alpha."
     run = plan.run
     run.encoder.load_state_dict(run.theta_0)
+    exact = not embedding.get("max_feature_error")
+    if plan.shared and exact and 0.0 in alphas:
+        start = _pretrained_features(plan, rows, embedding.get("bf16", False))
+        rest = [alpha for alpha in alphas if alpha]
+        found = {0.0: start}
+        if rest:
+            images = plan.suite.images[rows]
+            tuned = alpha_features(run.encoder, run.theta_1, rest, images, path=path, **embedding)
+            found |= {alpha: tuned[i] for i, alpha in enumerate(rest)}
+        return [found[alpha] for alpha in alphas]
     found = alpha_features(run.encoder, run.theta_1, alphas, plan.suite.images[rows], path=path, **embedding)
     if embedding.get("max_feature_error"):
         computed = f"{len(found.values)} of {len(alphas)} alphas computed"
@@ -250,16 +278,18 @@ def _label(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
 def write_rows(rows: pd.DataFrame, path: str | Path) -> None:
     "One parquet file of rows, atomically."
     with atomic_write(path) as temporary:
-        rows.to_parquet(temporary, compression="zstd", index=False)
+        rows.to_parquet(temporary, compression="zstd", index=False, write_page_checksum=True)
 
 # %% ../../nbs/study/sweep.ipynb #cca70887
+def _images_key(suite: Suite) -> list:
+    "What changes when a suite has other images."
+    return [suite.name, suite.version, list(suite.images.shape)]
+
+
 def _cache_key(plan: _Plan, scorers: Sequence[str], metrics: Sequence[str], embedding: dict) -> str:
-    "A hash of a sweep over a suite at hand: its images by name, labels and sets, and the code."
+    "A hash of a sweep over a suite at hand: its images, labels and sets, and the code."
     suite = plan.suite
-    names = list(suite.images.shape)
-    if isinstance(suite.images, ImageFiles):
-        names = [suite.images.name(i) for i in range(len(suite.images))]
     sets = {name: rows.tolist() for name, rows in suite.sets.items()}
     alphas = [round(alpha, 6) for alpha in plan.alphas]
     chosen = dict(scorers=list(scorers), metrics=list(metrics), all_banks=plan.all_banks, **embedding)
-    return digest([suite.name, names, suite.labels.tolist(), sets, alphas, chosen, _sweep_code(chosen)])
+    return digest([_images_key(suite), suite.labels.tolist(), sets, alphas, chosen, _sweep_code(chosen)])
