@@ -77,7 +77,7 @@ def pth_bytes(folder):
 
 
 def parquet_bytes(folder):
-    pd.read_parquet(data_folder() / "results/few_shot.parquet").head(20).to_parquet(folder / "p")
+    pd.read_parquet(data_folder() / "results/emojishift.parquet").head(20).to_parquet(folder / "p")
     return (folder / "p").read_bytes()
 
 
@@ -105,9 +105,11 @@ def read_run(folder, raw):
 
 
 def read_emoji(folder, raw):
-    (folder / "noto.parquet").write_bytes(raw)
-    (folder / "checksums.json").write_bytes((data_folder() / "emojishift/checksums.json").read_bytes())
-    read_style(folder, "noto")
+    emoji = folder / "emojishift"
+    emoji.mkdir(exist_ok=True)
+    (emoji / "noto.parquet").write_bytes(raw)
+    (emoji / "checksums.json").write_bytes((data_folder() / "emojishift/checksums.json").read_bytes())
+    read_style("noto", folder)
 
 
 def read_image(path):

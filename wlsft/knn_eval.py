@@ -156,8 +156,8 @@ def knn_rows(
 ) -> pd.DataFrame:  # scorer, bank, layer, k, temperature, set, split, metric, value, n, correct, concept
     """Metrics of the k-NN classifier for every set under every bank.
 
-    A k is left out where a bank is smaller. Single predictions are kept at k = 20, at the suite's `own_k` under
-    a small bank of the set's own, or else at the largest k.
+    A k is left out where a bank is smaller. Single predictions are kept at k = 20, under a set's
+    own small bank at the suite's `own_k`, or else at the largest k.
     """
     rows = []
     for bank in banks:

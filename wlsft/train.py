@@ -198,16 +198,21 @@ class WLSFT(Method):
             raise ParameterError(f"consistency = {self.consistency} needs {needed}")
 
     def task(self, encoder, sources):
-        pairs = _load_pairs(encoder, sources)
-        texts = embed_texts(pairs.texts, self.text_tower, sources.cache or None)
-        features = cached_features(encoder, pairs.images, sources.cache)
-        head = PairHead(*ridge_regression(features, texts.mean(pairs.group), self.ridge_l2))
-        left_out = dict(left_out=dict(n=len(pairs.skipped), first=pairs.skipped[:20]))
-        return Task(pairs.images, head, None, pairs, texts, views=pairs.views, record=left_out)
+        return _pair_task(self, encoder, sources)
 
     def objective(self, encoder, task):
         penalty = consistency_penalty(encoder, self.consistency)
         return pair_objective(task.head, task.pairs, task.texts, self.collisions, penalty)
+
+# %% ../nbs/03_train.ipynb #75be8938
+def _pair_task(method: WLSFT, encoder: Encoder, sources: Sources) -> Task:
+    "A pair corpus, its embedded texts, and the head from ridge regression on frozen features."
+    pairs = _load_pairs(encoder, sources)
+    texts = embed_texts(pairs.texts, method.text_tower, sources.cache or None)
+    features = cached_features(encoder, pairs.images, sources.cache)
+    head = PairHead(*ridge_regression(features, texts.mean(pairs.group), method.ridge_l2))
+    left_out = dict(left_out=dict(n=len(pairs.skipped), first=pairs.skipped[:20]))
+    return Task(pairs.images, head, None, pairs, texts, views=pairs.views, record=left_out)
 
 # %% ../nbs/03_train.ipynb #22c1d24b
 def _load_pairs(encoder: Encoder, sources: Sources) -> PairCorpus:

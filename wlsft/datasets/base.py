@@ -63,19 +63,22 @@ class Suite:
         "The classes as prompts spell them, with spaces for hyphens."
         return [c.replace("-", " ") for c in self.classes]
 
-    def thin(
-        self,
-        queries: int,  # every n-th query of each set is kept
-        bank: int = 1,  # every n-th image of each bank is kept
-    ) -> "Suite":
-        "The suite with fewer images, for a quick look. Sets that are their own bank are thinned as queries."
-        sets = {name: rows[::queries] for name, rows in self.sets.items()}
-        banks = {}
-        for which, members in self.banks.items():
-            banks[which] = {name: rows[::bank] for name, rows in members.items()}
-        own = banks.get("own", {})
-        own |= {name: sets[name] for name in own if torch.equal(self.banks["own"][name], self.sets[name])}
-        return replace(self, sets=sets, banks=banks)
+    def thin(self, queries: int, bank: int = 1) -> "Suite":
+        "Every n-th query of each set and every n-th image of each bank, for a quick look."
+        return _thinned(self, queries, bank)
+
+# %% ../../nbs/datasets/base.ipynb #d485e2ff
+def _thinned(suite: Suite, queries: int, bank: int) -> Suite:
+    "`Suite.thin`. Sets that are their own bank are thinned as queries."
+    sets = {name: rows[::queries] for name, rows in suite.sets.items()}
+    banks = {}
+    for which, members in suite.banks.items():
+        banks[which] = {name: rows[::bank] for name, rows in members.items()}
+    own = banks.get("own", {})
+    for name in own:
+        if torch.equal(suite.banks["own"][name], suite.sets[name]):
+            own[name] = sets[name]
+    return replace(suite, sets=sets, banks=banks)
 
 # %% ../../nbs/datasets/base.ipynb #dab5c37a
 @dataclass(frozen=True)

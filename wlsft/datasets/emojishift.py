@@ -142,8 +142,14 @@ def _prompts(classes: list[str], templates: Sequence) -> list[list[str]]:
 # %% ../../nbs/00_data.ipynb #4043e36c
 def _class_words(name: str) -> set[str]:
     "The words of a class name, in singular and plural: `animal-bird` gives bird and birds."
-    words = set(name.replace("-", " ").split())
-    return words | {f"{w}s" for w in words} | {w.removesuffix("s") for w in words}
+    words = name.replace("-", " ").split()
+    singular = [word.removesuffix("s") for word in words]
+    return {*words, *singular, *(f"{word}s" for word in singular)}
+
+
+def _without(text: str, hidden: set[str]) -> str:
+    "A text without some words."
+    return " ".join(word for word in text.split() if word.lower() not in hidden)
 
 
 def _concept_texts(concepts: pd.DataFrame, corpus: str) -> list[list[str]]:
@@ -153,8 +159,8 @@ def _concept_texts(concepts: pd.DataFrame, corpus: str) -> list[list[str]]:
         parts = [row.name] if corpus == "emojishift-names" else [row.name, *row.keywords]
         if corpus == "emojishift-masked":
             hidden = _class_words(row.subgroup)
-            kept = [" ".join(w for w in part.split() if w.lower() not in hidden) for part in parts]
-            parts = [part for part in kept if part] or ["picture"]
+            kept = [_without(part, hidden) for part in parts]
+            parts = list(filter(None, kept)) or ["picture"]
         texts.append([", ".join(parts)])
     return texts
 

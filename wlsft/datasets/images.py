@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'to_rgb', 'resize_center_crop', 'ImageSource', 'file_stamp', 'FileSource', 'DatasetSource',
-           'ImageFiles', 'image_batches', 'decode_to_array']
+           'ImageFiles', 'image_versions', 'image_batches', 'decode_to_array']
 
 # %% ../../nbs/datasets/images.ipynb #fe81192a
 import contextlib
@@ -170,19 +170,20 @@ class ImageFiles:
         s, row = self.index[i]
         return self.sources[s].name(int(row))
 
-    def versions(self) -> list[list]:
-        "Name and stamp of the file of every image, which change when images are replaced."
-        found = []
-        for s, row in self.index.tolist():
-            file = getattr(self.sources[s], "file", None)
-            stamp = file_stamp(file(row)) if file else ()
-            found.append([self.sources[s].name(row), *stamp])
-        return found
-
     def decode(self, i: int) -> torch.Tensor:
         "Image i, uint8 `(3, size, size)`."
         s, row = self.index[i]
         return _decode(self.sources[s], int(row), self.size, self.crop)
+
+# %% ../../nbs/datasets/images.ipynb #2519e355
+def image_versions(files: ImageFiles) -> list[list]:
+    "Name and `file_stamp` of every image, which change when images are replaced."
+    found = []
+    for s, row in files.index.tolist():
+        file = getattr(files.sources[s], "file", None)
+        stamp = file_stamp(file(row)) if file else ()
+        found.append([files.sources[s].name(row), *stamp])
+    return found
 
 # %% ../../nbs/datasets/images.ipynb #b0000014
 class _DecodedRows(torch.utils.data.Dataset):
@@ -286,7 +287,7 @@ def decode_to_array(
     list[str],  # why others were left out
 ]:
     "The first `n` readable images. Raises `DataError` if there are fewer, or none."
-    path = Path(cache) / f"images-{digest([files.versions(), n, files.size, files.crop])}.npy"
+    path = Path(cache) / f"images-{digest([image_versions(files), n, files.size, files.crop])}.npy"
     note = path.with_suffix(".json")
     with contextlib.nullcontext() if note.is_file() else file_lock(path.with_suffix(".lock")):
         if not note.is_file():

@@ -20,7 +20,7 @@ from .base import DataError, Suite, data_folder
 from .benchmarks import CIFAR10_SIZES
 from .corpora import class_files, is_custom
 from .emojishift import emojishift_suite, load_emojishift
-from .images import file_stamp
+from .images import file_stamp, image_versions
 from .imagenet import IMAGENET_SIZES
 from .labelled import SUITES, LabelledSet, build_suite, image_folder
 
@@ -113,7 +113,7 @@ def _check_copy(name: str, checksums: dict[str, dict], folder: Path) -> None:
 
 # %% ../../nbs/datasets/suites.ipynb #b6b54cb4
 def _copies(suite: Suite) -> list[str]:
-    "Names of queries whose file is, byte for byte, also one of the bank's. Only files of equal size are read."
+    "Names of queries whose file is also one of the bank's, byte for byte. Files of equal size are read."
     found = []
     images = suite.images
     for name, queries in suite.sets.items():
@@ -135,7 +135,8 @@ def _warn_copies(suite: Suite) -> None:
     if found:
         warnings.warn(
             f"{len(found)} queries of {suite.name} are also in the bank, the same image twice: "
-            f"{'; '.join(found[:3])}"
+            f"{'; '.join(found[:3])}",
+            stacklevel=2,
         )
 
 # %% ../../nbs/datasets/suites.ipynb #0637664a
@@ -155,7 +156,7 @@ def load_suite(
     suite = build_suite(name.partition("=")[0], classes, bank, parts, size, crop)
     if is_custom(name):
         _warn_copies(suite)
-    return replace(suite, version=digest(suite.images.versions()))
+    return replace(suite, version=digest(image_versions(suite.images)))
 
 # %% ../../nbs/datasets/suites.ipynb #3adb99b3
 def suite_fingerprint(

@@ -101,7 +101,7 @@ def _cache_folder(root: Path) -> Path:
         pass
     return Path(tempfile.gettempdir()) / f"wlsft-{os.getuid()}"
 
-
+# %% ../../nbs/datasets/tables.ipynb #c9bc0fff
 def _decode_into(path: Path, encoded: Sequence[bytes], shape: tuple[int, ...]) -> None:
     "Write all pictures to the array `path`. Raises `DataError` for one of another size."
     array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
@@ -114,7 +114,7 @@ def _decode_into(path: Path, encoded: Sequence[bytes], shape: tuple[int, ...]) -
         array[i] = pixels
     array.flush()
 
-
+# %% ../../nbs/datasets/tables.ipynb #c3259035
 def decode_table(
     images: Iterable[dict],  # `image` columns, with the encoded `bytes` of pictures of one size
     root: Path,  # the data folder

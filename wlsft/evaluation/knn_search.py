@@ -77,23 +77,21 @@ def _check_finite(
     first: int = 0,  # number of the first row
 ) -> torch.Tensor:  # x
     "Raises `DataError` naming the first row that is not finite."
-    bad = (~torch.isfinite(x).all(1)).nonzero()[:, 0]
-    if len(bad):
-        raise DataError(f"{what} row {int(bad[0]) + first} is not finite ({len(bad)} such rows here)")
+    finite = torch.isfinite(x).all(1)
+    if not finite.all():
+        raise DataError(f"{what} row {int(finite.long().argmin()) + first} is not finite")
     return x
 
-
+# %% ../../nbs/evaluation/knn_search.ipynb #0cc8d5d6
 @torch.inference_mode()
 def knn_search(
-    query: torch.Tensor,  # float (N, D); half and double are converted
+    query: torch.Tensor,  # float (N, D)
     bank: torch.Tensor,  # float (B, D)
     k: int,  # neighbours, at most B
-    exclude: torch.Tensor | None = None,  # int (N,): bank row that a query must not find, -1 for none
+    exclude: torch.Tensor | None = None,  # int (N,): bank row not to be found, -1 for none
     chunk_bytes: int = 128 * 2**20,  # memory for one chunk of similarities
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (N, k), falling; bank rows (N, k)
-    """The k most similar bank rows of each query by cosine; ties go to the lower row. The reference.
-
-    Raises `DataError` for a row of bank or query that is not finite."""
+    "The k most similar bank rows of each query by cosine; ties go to the lower row."
     check_range("k", k, 1, len(bank) - (exclude is not None), integer=True)
     query = F.normalize(_check_finite(query, "query").float(), dim=1)
     bank_rows = max(k, chunk_bytes // (8 * bank.shape[1]))  # of a chunk
@@ -115,7 +113,7 @@ def knn_search_faiss(
     bank: torch.Tensor,  # float32 (B, D)
     k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (N, k), falling; bank rows (N, k)
-    "Cosine k-NN through `faiss.IndexFlatIP`; the order of ties is not defined."
+    "Cosine k-NN through faiss; the order of ties is not defined."
     import faiss
 
     index = faiss.IndexFlatIP(bank.shape[1])
@@ -131,7 +129,7 @@ def _rescore(
     candidates: torch.Tensor,  # int64 (n, width), rows of the bank, rising; beyond its last row for none
     k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (n, k), falling; bank rows (n, k)
-    "`knn_search` among some candidates of each query."
+    "Among some candidates."
     real = candidates < len(bank)
     starts = F.pad(real.sum(1).cumsum(0), (1, 0))
     empty = torch.zeros(int(starts[-1]), device=query.device)
@@ -152,7 +150,7 @@ def _screen(
     exclude: torch.Tensor | None,  # int (n,), see `knn_search`
     chunk: int,  # bank rows at a time
 ) -> tuple[CandidateTable, torch.Tensor, torch.Tensor]:
-    "CandidateTable, the lengths (B,) of the bank's rows, and the largest of their rounding errors ()."
+    "Candidates, the lengths (B,) of the bank's rows, and their largest rounding error ()."
     candidates = CandidateTable(len(query), width, query.device)
     lengths = torch.empty(len(bank), device=query.device)
     largest = torch.zeros((), device=query.device)
@@ -184,7 +182,7 @@ def _search_block(
     exclude: torch.Tensor | None,  # int (n,), see `knn_search`
     chunk: int,  # bank rows at a time
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (n, k), falling; bank rows (n, k)
-    "`knn_bf16` for one block of queries; rows are -1 where the bound does not hold."
+    "One block of queries; rows are -1 where the bound does not hold."
     _, half, error = to_bf16(query)
     guess = guess_threshold(half, sample, k + (exclude is not None), len(bank))
     floor = (guess - 2 * error_bound(half.shape[1], error, likely, guess)).bfloat16()
@@ -205,7 +203,6 @@ def _search_block(
 
 # %% ../../nbs/evaluation/knn_search.ipynb #13db50c1
 def _part(exclude: torch.Tensor | None, rows: slice | torch.Tensor) -> torch.Tensor | None:
-    "Some of the excluded rows, if there are any."
     return None if exclude is None else exclude[rows]
 
 # %% ../../nbs/evaluation/knn_search.ipynb #e03d8855
@@ -214,7 +211,7 @@ def knn_bf16(
     query: torch.Tensor,  # float32 (N, D)
     bank: torch.Tensor,  # float32 (B, D); it is not copied
     k: int,  # neighbours; a small part of B
-    exclude: torch.Tensor | None = None,  # int (N,): bank row that a query must not find, -1 for none
+    exclude: torch.Tensor | None = None,  # see `knn_search`
     chunk: int = 8192,  # bank rows at a time, and queries in a block
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (N, k), falling; bank rows (N, k)
     "`knn_search` through bfloat16; equal up to the order of cosines that differ by float32's rounding."
@@ -247,9 +244,9 @@ def knn(
     query: torch.Tensor,  # float (N, D)
     bank: torch.Tensor,  # float (B, D)
     k: int,  # neighbours, at most B
-    exclude: torch.Tensor | None = None,  # int (N,): bank row that a query must not find, -1 for none
+    exclude: torch.Tensor | None = None,  # see `knn_search`
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (N, k), falling; bank rows (N, k)
-    "`knn_bf16` where it pays, else `knn_search`; see there for errors."
+    "By `knn_bf16` where it pays."
     query = query.float()
     large = bank.dtype == torch.float32 and len(bank) >= 16_384 and 32 * k <= len(bank)
     search = knn_bf16 if large and _multiplies_bf16(query.device) else knn_search

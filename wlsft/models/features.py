@@ -22,7 +22,7 @@ from ..core.distributed import local_slice, rank_and_world, run_once
 from ..core.files import atomic_write, preallocate, progress, write_json
 from ..core.hashing import digest, weights_digest
 from ..datasets.base import DataError
-from ..datasets.images import ImageFiles, image_batches
+from ..datasets.images import ImageFiles, image_batches, image_versions
 from .base import Encoder, preprocess
 
 # %% ../../nbs/models/features.ipynb #c8e5e3e0
@@ -142,10 +142,11 @@ def cached_features(
     "`extract_features`, computed once for the same weights and images."
     if not cache:
         return extract_features(encoder, images, **options)
+    pixels: list[Any]
     if isinstance(images, torch.Tensor):
-        pixels = [list(images.shape), hashlib.sha256(images.contiguous().numpy()).hexdigest()]
+        pixels = [list(images.shape), hashlib.sha256(images.numpy().tobytes()).hexdigest()]
     else:
-        pixels = [images.versions(), images.size, images.crop]
+        pixels = [image_versions(images), images.size, images.crop]
     path = Path(cache) / f"features-{digest([weights_digest(encoder), pixels, options])}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     return extract_features_to(encoder, images, path, **options)

@@ -52,7 +52,7 @@ def _undecayed(encoder: nn.Module) -> set[str]:
             names.add(f"{prefix}.{name}".removeprefix("."))
     return names
 
-
+# %% ../../nbs/models/loop.ipynb #32c86cf0
 def _head_groups(
     head: nn.Module,
     lr: float,  # peak rate
@@ -62,7 +62,7 @@ def _head_groups(
     groups = own(lr) if own else [dict(params=list(head.parameters()), lr=lr)]
     return [dict(group, weight_decay=0.0) for group in groups]
 
-
+# %% ../../nbs/models/loop.ipynb #3fd3bf2e
 def make_optimizer(
     encoder: nn.Module,  # `requires_grad` marks what trains
     head: nn.Module,  # all of it trains
@@ -112,16 +112,16 @@ class Batch(NamedTuple):
     rows: torch.Tensor  # int64 (N,): all rows of the batch
     generator: torch.Generator  # for sampling texts
 
-
+# %% ../../nbs/models/loop.ipynb #d3b28337
 @torch.no_grad()
 def _clamp_scales(optimizer: torch.optim.Optimizer) -> None:
-    "Bring the scale back into its bounds. Its gradient stays what it is, so that it can leave the bound again."
+    "Bring the scale back into its bounds, after the step, so that its gradient there is not zero."
     for group in optimizer.param_groups:
         if group.get("bounds"):
             for parameter in group["params"]:
                 parameter.clamp_(*group["bounds"])
 
-
+# %% ../../nbs/models/loop.ipynb #00a386da
 def train_step(
     encoder: Encoder,
     optimizer: torch.optim.Optimizer,  # see `make_optimizer`

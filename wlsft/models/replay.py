@@ -26,34 +26,33 @@ class ReplayAttention(nn.Module):
 
     def __init__(
         self,
-        dim: int,  # width D of the arriving tokens
+        dim: int,  # width D of tokens
         memory: torch.Tensor | None,  # (m, D'); None: tokens of an earlier site
         rank: int = 64,  # bottleneck width r
-        heads: int = 4,  # sharing it
+        heads: int = 4,
         learned: bool = False,  # is the memory a parameter?
         memory_dim: int = 0,  # D', where `memory` is None
     ):
         super().__init__()
         if rank % heads:
-            raise ParameterError(f"rank = {rank} must be a multiple of heads = {heads}")
+            raise ParameterError(f"rank = {rank} is no multiple of heads = {heads}")
         width = memory_dim if memory is None else memory.shape[-1]
         self.q = nn.Linear(dim, rank)
         self.k = nn.Linear(width, rank)
         self.v = nn.Linear(width, rank)
         self.o = _zeros(nn.Linear(rank, dim))
         self.heads = heads
-        self.earlier: tuple[nn.Module, ...] = ()  # not a child module
+        self.earlier: tuple[nn.Module, ...] = ()
         if learned and memory is not None:
             self.memory = nn.Parameter(memory.clone())
         else:
             self.register_buffer("memory", memory)
 
-    def no_weight_decay(self) -> set[str]:
-        "A learned memory does not decay; see `make_optimizer`."
+    def no_weight_decay(self):  # as timm's models
         return {"memory"}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        "`x`, `(N, T, D)` or `(N, D, H, W)`, plus what is read."
+        "`(N, T, D)` or `(N, D, H, W)`"
         memory = self.earlier[0].__dict__.pop("kept") if self.memory is None else self.memory
         read = cross_attend(as_tokens(x), memory, self)
         if x.ndim == 4:

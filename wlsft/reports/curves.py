@@ -75,11 +75,11 @@ def _key(encoder: str, config: Config) -> tuple[str, ...]:
 # %% ../../nbs/reports/curves.ipynb #012c55f4
 def figure_alpha(
     t: pd.DataFrame,  # from `bootstrap_table`
-    wanted: Sequence[Config] = MAIN_CONFIGS,  # one column each
-    change: bool = False,  # paired change from alpha = 0
-    sets: Sequence[str] = (),  # of `SPLIT_STYLES`; empty: `LEVEL_SETS` or `CHANGE_SETS`
+    wanted: Sequence[Config] = MAIN_CONFIGS,  # columns
+    change: bool = False,  # from alpha = 0
+    sets: Sequence[str] = (),  # `LEVEL_SETS` or `CHANGE_SETS`
 ) -> tuple[plt.Figure, pd.DataFrame]:
-    "k-NN accuracy against alpha, one column a configuration, one row an encoder, ID-selected alpha open."
+    "k-NN accuracy against alpha; the ID-selected one is open."
     quantity = "change (points)" if change else "k-NN accuracy (%)"
     best = select_alpha(t)
     sets = sets or (CHANGE_SETS if change else LEVEL_SETS)

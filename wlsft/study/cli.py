@@ -109,10 +109,9 @@ def _sweep(args: argparse.Namespace) -> None:
     alphas = [step / p["alpha_steps"] for step in range(p["alpha_steps"] + 1)]
     options = {key: p[key] for key in ("scorers", "metrics", "all_banks", "max_feature_error")}
     with file_lock(out.with_name(f"sweep-{name}.lock")):
-        suite = suite_of(run, p["suite"], args.data)
-        shared = runs_folder(args.runs) / "cache"
-        given = dict(cache=args.cache, shared=shared, bf16=args.bf16, **options)
-        rows = alpha_sweep(run, suite, alphas, **given)
+        suite = suite_of(run, p["suite"], args.data).thin(p["stride"], bank=p["stride"])
+        cache = args.cache or runs_folder(args.runs) / "cache"
+        rows = alpha_sweep(run, suite, alphas, cache=cache, bf16=args.bf16, **options)
         write_rows(rows.assign(study=args.study), out)
     print(out)
 
@@ -179,7 +178,9 @@ def _run_parsers(commands) -> None:
     _add_parameters(sweep)
     sweep.add_argument("--study", default="", help="a label for the rows")
     sweep.add_argument("--out", default="", help="parquet file; default: in the run's folder")
-    sweep.add_argument("--cache", default="", help="folder in which an interrupted sweep continues")
+    sweep.add_argument(
+        "--cache", default="", help="folder in which an interrupted sweep continues; default: runs/cache"
+    )
     sweep.add_argument("--bf16", action="store_true", help="half precision in the encoder")
     for parser, function in ((train, _train), (sweep, _sweep)):
         _add_places(parser)

@@ -21,17 +21,15 @@ from ..core.hashing import code_digest, digest
 from ..core.params import check_choice, check_parameters, check_values, fill_defaults
 from ..datasets.base import Suite
 from ..datasets.corpora import default_suite
-from ..datasets.images import ImageFiles
 from ..datasets.suites import check_suite, load_suite, suite_fingerprint
-from ..evaluation.alpha_features import alpha_features
 from ..evaluation.distortion import distortion_rows, held_out_features
 from ..evaluation.metrics import METRICS
 from ..evaluation.probe import head_rows, probe_rows
 from ..evaluation.stats import COLUMNS
 from ..interpolation import interpolate
-from ..models.features import extract_features_to
-from ..knn_eval import knn_rows, required_rows, retention_sets
+from ..knn_eval import knn_rows, retention_sets
 from .runs import Run
+from .sweep_features import SweepPlan, images_key, sweep_features
 
 # %% ../../nbs/study/sweep.ipynb #65b3b2c5
 @dataclass(frozen=True)
@@ -96,6 +94,7 @@ def _score_distortion(point: Point) -> pd.DataFrame:
 SWEEP: dict[str, Any] = dict(
     suite="",  # empty: the run's own, see `suite_of`
     alpha_steps=10,  # alpha goes from 0 to 1 in this many steps
+    stride=1,  # every n-th query by every n-th image of the bank, for a quick look; 1: all
     all_banks=False,  # at alpha 0 and 1, also the seen concepts and all banks
     scorers=["knn", "head"],  # any of `SCORERS`
     metrics=["accuracy"],  # any of `METRICS`
@@ -154,18 +153,16 @@ def alpha_sweep(
     scorers: Sequence[str] = ("knn", "head"),  # any of `SCORERS`
     metrics: Sequence[str] = ("accuracy",),  # any of `METRICS`
     all_banks: bool = False,  # at alpha 0 and 1, also the seen concepts and all banks
-    cache: str | Path = "",  # a folder: an interrupted sweep continues; empty: nothing is kept
-    shared: str
-    | Path = "",  # a folder where runs of one encoder share its features at alpha = 0; empty: none
+    cache: str | Path = "",  # a folder: a sweep continues there, and runs share features at alpha 0
     **embedding: Any,  # `bf16` and `max_feature_error`, see `alpha_features`
 ) -> pd.DataFrame:  # rows without the column `study`
     "Rows of theta(alpha) for every alpha. Weights, mode and device of the encoder stay as they were."
-    plan = _Plan(run, suite, [float(alpha) for alpha in alphas], all_banks, shared)
+    plan = SweepPlan(run, suite, [float(alpha) for alpha in alphas], all_banks)
     key = _cache_key(plan, scorers, metrics, embedding)
     path = Path(cache) / f"{run.name}-{key}.npy" if cache else None
     if path and path.with_suffix(".parquet").is_file():
         return pd.read_parquet(path.with_suffix(".parquet"))
-    features = _features(plan, path, **embedding)
+    features = sweep_features(plan, path, **embedding)
     rows = _label(run, _score(plan, features, scorers, metrics))
     if path and rank_and_world()[0] == 0:
         write_rows(rows, path.with_suffix(".parquet"))
@@ -173,79 +170,10 @@ def alpha_sweep(
             leftover.unlink(missing_ok=True)
     return rows
 
-# %% ../../nbs/study/sweep.ipynb #ab5761f9
-@dataclass(frozen=True)
-class _Plan:
-    "What is scored at which alpha, and the images that this needs."
-
-    run: Run
-    suite: Suite
-    alphas: list[float]
-    all_banks: bool
-    shared: str | Path = ""
-
-    def everything_at(self, alpha: float) -> bool:
-        return self.all_banks and alpha in (0, 1)
-
-    def sets_and_banks(self, alpha: float) -> tuple[list[str], list[str]]:
-        if self.everything_at(alpha):
-            return list(self.suite.sets), list(self.suite.banks)
-        return [name for name in self.suite.sets if self.suite.shift[name] != "SEEN"], ["id"]
-
-# %% ../../nbs/study/sweep.ipynb #e4a44dee
-def _pretrained_features(plan: _Plan, rows: torch.Tensor, bf16: bool) -> torch.Tensor:
-    "Features at alpha = 0, computed by the first run of this encoder that asks."
-    encoder = plan.run.encoder
-    what = [plan.run.info["encoder_digest"], _images_key(plan.suite), rows.tolist(), bf16]
-    path = Path(plan.shared) / f"pretrained-{digest([*what, code_digest('study.sweep')])}.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return extract_features_to(encoder, plan.suite.images[rows], path, bf16=bf16)
-
-
-def _embed(plan: _Plan, alphas: list[float], rows: torch.Tensor, path: Path | None, **embedding: Any):
-    "Features of some images at every alpha."
-    run = plan.run
-    run.encoder.load_state_dict(run.theta_0)
-    exact = not embedding.get("max_feature_error")
-    if plan.shared and exact and 0.0 in alphas:
-        start = _pretrained_features(plan, rows, embedding.get("bf16", False))
-        rest = [alpha for alpha in alphas if alpha]
-        found = {0.0: start}
-        if rest:
-            images = plan.suite.images[rows]
-            tuned = alpha_features(run.encoder, run.theta_1, rest, images, path=path, **embedding)
-            found |= {alpha: tuned[i] for i, alpha in enumerate(rest)}
-        return [found[alpha] for alpha in alphas]
-    found = alpha_features(run.encoder, run.theta_1, alphas, plan.suite.images[rows], path=path, **embedding)
-    if embedding.get("max_feature_error"):
-        computed = f"{len(found.values)} of {len(alphas)} alphas computed"
-        print(f"{run.name}: {computed}; between them, features are off by {found.error:.2%}")
-    return found
-
-# %% ../../nbs/study/sweep.ipynb #e6a28c97
-def _features(plan: _Plan, path: Path | None, **embedding: Any) -> Callable[[float], torch.Tensor]:
-    "alpha -> features aligned with `suite.images`, of which the needed rows are filled."
-    suite, alphas = plan.suite, plan.alphas
-    ends = [alpha for alpha in alphas if plan.everything_at(alpha)]
-    use = required_rows(suite, *plan.sets_and_banks(0.5))
-    every = required_rows(suite, *plan.sets_and_banks(0.0)) if ends else use
-    rest = every[~torch.isin(every, use)]
-    main = _embed(plan, alphas, use, path, **embedding)
-    ends_path = path and path.with_name(f"{path.stem}-ends.npy")
-    exact = {**embedding, "max_feature_error": 0.0}
-    more = _embed(plan, ends, rest, ends_path, **exact) if len(rest) else None
-
-    def at(alpha: float) -> torch.Tensor:
-        out = torch.zeros(len(suite.images), plan.run.encoder.num_features)
-        out[use] = main[alphas.index(alpha)]
-        if more and alpha in ends:
-            out[rest] = more[ends.index(alpha)]
-        return out
-
-    return at
-
 # %% ../../nbs/study/sweep.ipynb #b44402a2
-def _score(plan: _Plan, features: Callable, scorers: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
+def _score(
+    plan: SweepPlan, features: Callable, scorers: Sequence[str], metrics: Sequence[str]
+) -> pd.DataFrame:
     "Rows of all alphas."
     run = plan.run
     before = held_out_features(run.encoder, plan.suite) if "distortion" in scorers else None
@@ -281,15 +209,10 @@ def write_rows(rows: pd.DataFrame, path: str | Path) -> None:
         rows.to_parquet(temporary, compression="zstd", index=False, write_page_checksum=True)
 
 # %% ../../nbs/study/sweep.ipynb #cca70887
-def _images_key(suite: Suite) -> list:
-    "What changes when a suite has other images."
-    return [suite.name, suite.version, list(suite.images.shape)]
-
-
-def _cache_key(plan: _Plan, scorers: Sequence[str], metrics: Sequence[str], embedding: dict) -> str:
+def _cache_key(plan: SweepPlan, scorers: Sequence[str], metrics: Sequence[str], embedding: dict) -> str:
     "A hash of a sweep over a suite at hand: its images, labels and sets, and the code."
     suite = plan.suite
     sets = {name: rows.tolist() for name, rows in suite.sets.items()}
     alphas = [round(alpha, 6) for alpha in plan.alphas]
     chosen = dict(scorers=list(scorers), metrics=list(metrics), all_banks=plan.all_banks, **embedding)
-    return digest([_images_key(suite), suite.labels.tolist(), sets, alphas, chosen, _sweep_code(chosen)])
+    return digest([images_key(suite), suite.labels.tolist(), sets, alphas, chosen, _sweep_code(chosen)])
