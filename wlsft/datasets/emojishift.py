@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ID_STYLES', 'OOD_STYLES', 'FAR_SETS', 'EMOJISHIFT_CORPORA', 'read_style', 'EmojiShift', 'load_emojishift',
-           'emojishift_suite', 'emojishift_pairs']
+           'emojishift_version', 'emojishift_suite', 'emojishift_pairs']
 
 # %% ../../nbs/00_data.ipynb #170cd828
 import functools
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..core.hashing import digest
 from ..core.params import check_choice
 from .base import DataError, PairCorpus, Suite, data_folder, shipped_file
 from .tables import decode_table, read_table
@@ -67,6 +68,14 @@ def load_emojishift(
 ) -> EmojiShift:
     "EmojiShift, read once a process and decoded once a machine. Raises `DataError` for a wrong file."
     return _load(data_folder(root))
+
+
+def emojishift_version(
+    root: str | Path = "",  # see `data_folder`
+) -> str:
+    "A hash of the checksums of every shipped table."
+    folders = ("emojishift", "openclipart", "tuxpaint")
+    return digest([shipped_file(f"{folder}/checksums.json", root).read_text() for folder in folders])
 
 # %% ../../nbs/00_data.ipynb #e0000006
 def _rows(table: pd.DataFrame, styles: Sequence[str], split: str) -> torch.Tensor:

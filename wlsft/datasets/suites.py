@@ -19,7 +19,7 @@ from ..core.params import check_choice
 from .base import DataError, Suite, data_folder
 from .benchmarks import CIFAR10_SIZES
 from .corpora import class_files, is_custom
-from .emojishift import emojishift_suite, load_emojishift
+from .emojishift import emojishift_suite, emojishift_version, load_emojishift
 from .images import file_stamp, image_versions
 from .imagenet import IMAGENET_SIZES
 from .labelled import SUITES, LabelledSet, build_suite, image_folder
@@ -148,7 +148,7 @@ def load_suite(
 ) -> Suite:
     "A suite by name. Raises `DataError` for missing files, and for a copy that is not the expected one."
     if name == "emojishift":
-        return emojishift_suite(load_emojishift(root))
+        return replace(emojishift_suite(load_emojishift(root)), version=emojishift_version(root))
     folder = data_folder(root)
     classes, bank, parts = _read_suite(name, folder)
     checksums = {s: _checksum(part) for s, part in {"bank": bank, **parts}.items()}

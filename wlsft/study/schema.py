@@ -22,6 +22,7 @@ from ..core.params import ParameterError, check_choice, check_parameters, check_
 from ..datasets.base import data_folder, shipped_file
 from ..datasets.corpora import CORPORA, check_corpus, corpus_fingerprint
 from ..datasets.labelled import SUITES
+from ..datasets.emojishift import emojishift_version
 from ..datasets.suites import check_suite, suite_fingerprint
 from ..flyp import FLYP, L2SP
 from ..lp_ft import FT, LP, LPFT
@@ -172,9 +173,8 @@ def data_digest(
     "A short hash of the shipped tables' checksums and of the encoder's file, if it is shipped or named."
     name, _, path = encoder.partition("=")
     weights = Path(path) if path else shipped_file(f"encoders/{name}.safetensors", root)
-    tables = [f"{folder}/checksums.json" for folder in ("emojishift", "openclipart", "tuxpaint")]
-    files = [*(shipped_file(table, root) for table in tables), weights]
-    return digest([_sha256(f, f.stat().st_mtime_ns) for f in files if f.is_file()])
+    hashed = _sha256(weights, weights.stat().st_mtime_ns) if weights.is_file() else ""
+    return digest([emojishift_version(root), hashed])
 
 # %% ../../nbs/study/schema.ipynb #924285b8
 _SAME_WEIGHTS = ("micro_batch_size",)  # parameters that change memory and time, not the weights
