@@ -20,8 +20,8 @@ from .base import DataError, Suite, data_folder
 from .benchmarks import CIFAR10_SIZES
 from .corpora import class_files, is_custom
 from .emojishift import emojishift_suite, emojishift_version, load_emojishift
-from .images import file_stamp, image_versions
 from .imagenet import IMAGENET_SIZES
+from .images import file_stamp, image_versions
 from .labelled import SUITES, LabelledSet, build_suite, image_folder
 
 # %% ../../nbs/datasets/suites.ipynb #82843623

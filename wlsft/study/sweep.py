@@ -65,8 +65,8 @@ def register_scorer(name: str) -> Callable:
 def _score_knn(point: Point) -> pd.DataFrame:
     given = (point.features, point.suite)
     parts = [knn_rows(*given, point.sets, point.banks, metrics=point.metrics)]
-    if "own" not in point.banks:
-        retained = [name for name in retention_sets(point.suite) if name in point.sets]
+    retained = [name for name in retention_sets(point.suite) if name in point.sets]
+    if retained and "own" not in point.banks:
         parts.append(knn_rows(*given, retained, ["own"], metrics=point.metrics))
     return pd.concat(parts, ignore_index=True)
 
