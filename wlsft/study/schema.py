@@ -21,8 +21,8 @@ from ..core.hashing import code_digest, digest
 from ..core.params import ParameterError, check_choice, check_parameters, check_values
 from ..datasets.base import data_folder, shipped_file
 from ..datasets.corpora import CORPORA, check_corpus, corpus_fingerprint
-from ..datasets.labelled import SUITES
 from ..datasets.emojishift import emojishift_version
+from ..datasets.labelled import SUITES
 from ..datasets.suites import check_suite, suite_fingerprint
 from ..flyp import FLYP, L2SP
 from ..lp_ft import FT, LP, LPFT
