@@ -9,15 +9,20 @@ import subprocess
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from wlsft.core.params import RANGES, ParameterError, check_parameters, check_values
 from wlsft.datasets.base import DataError, data_folder
-from wlsft.evaluation.stats import read_rows
+from wlsft.datasets.suites import load_suite
+from wlsft.evaluation.stats import bootstrap_table, read_rows, select_lr
 from wlsft.study.notebooks import notebook_parameters
-from wlsft.study.runs import load_run
+from wlsft.study.runs import Run, load_run
+from wlsft.study.sweep import alpha_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -180,3 +185,21 @@ def test_unknown_study_names_those_there_are():
     command = ["snakemake", "-n", "--config", "study=nothing"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "there are: cc20k, coco10k, emojishift" in done.stdout + done.stderr
+
+
+def test_a_small_bank_is_drawn(tmp_path):
+    "Eight training images, fewer than k = 20: single answers are kept at the largest k there is."
+    rng = np.random.default_rng(0)
+    for part, animal, i in itertools.product(("train", "id-test", "snow"), ("a", "b"), range(4)):
+        (tmp_path / part / animal).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 255, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / part / animal / f"{part}{i}.png")
+    torch.manual_seed(0)
+    encoder = timm.create_model("test_vit", num_classes=0).eval()
+    zero = {key: value.clone() for key, value in encoder.state_dict().items()}
+    one = {key: value + 0.01 for key, value in zero.items()}
+    params = dict(method="WLSFT", adapter="full", corpus="c", encoder="test_vit", seed=0, lr=0.1)
+    run = Run("r", encoder, zero, one, dict(parameters=params))
+    rows = alpha_sweep(run, load_suite(f"mine={tmp_path}", size=160), [0, 1])
+    table = bootstrap_table(select_lr(rows.assign(study="")), 20)
+    assert set(table["set"]) >= {"ID", "OOD", "snow"}

@@ -99,7 +99,7 @@ def figure_alpha(
         ax.set_title(f"{style_of(method, adapter, variant).label}\non {corpus_label(corpus)}")
     for ax in axes[-1]:
         ax.set_xlabel(r"$\alpha$")
-    axes[0, 0].legend(loc="best", handlelength=1.8)
+    outside_legend(fig)
     return fig, d
 
 # %% ../../nbs/reports/curves.ipynb #1c4d1c70
