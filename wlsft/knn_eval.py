@@ -20,7 +20,8 @@ from .evaluation.metrics import SHARE_METRICS, Predictions, metric_rows
 def retention_sets(suite: Suite) -> list[str]:
     "Sets that are their own bank, each image left out in turn: what the pretrained encoder was good at."
     own = suite.banks.get("own", {})
-    return [name for name in own if torch.equal(own[name], suite.sets[name])]
+    unseen = [name for name in own if suite.shift[name] != "SEEN"]
+    return [name for name in unseen if torch.equal(own[name], suite.sets[name])]
 
 # %% ../nbs/04_knn_eval.ipynb #2e2c69da
 K_VALUES = (1, 5, 10, 20, 50, 100, 200)
