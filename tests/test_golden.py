@@ -1,4 +1,4 @@
-"Golden bits: tiny runs of every method and adapter, rows of two sweeps, recorded once. A change must be meant."
+"Golden bits: tiny runs of every method and adapter, rows of two sweeps. A change must be meant."
 
 import hashlib
 import json

@@ -58,7 +58,8 @@ def left(folder):
     "What a finished job leaves, without what says how long it took: bytes by name, and the rows."
     folder = Path(folder)
     (theta,) = folder.glob("*/theta.safetensors")
-    assert not list(folder.glob("sweeps/*.npy"))
+    kept = [path.name for path in folder.glob("sweeps/*.npy")]
+    assert all(name.startswith("pretrained-") for name in kept) and len(kept) == 1  # shared by other runs
     files = {f"{theta.parent.name}/theta.safetensors": theta.read_bytes()}
     for name in ("figure.csv", "figure.png"):
         files[name] = (folder / name).read_bytes()
