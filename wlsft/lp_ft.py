@@ -68,7 +68,7 @@ class FT(Method):
     name = "FT"
     reads = "suite"
     defaults = dict(encoder="dinov2_small")
-    loop: dict | None = dict(lr=1e-4)
+    loop: dict | None = dict(lr=1e-5)
 
     def __init__(
         self,

@@ -6,7 +6,6 @@
 __all__ = ['train_run', 'save_run', 'Run', 'read_record', 'load_run']
 
 # %% ../../nbs/study/runs.ipynb #24f666a2
-import hashlib
 import itertools
 import json
 import resource
@@ -25,7 +24,7 @@ from ..adapters import Adapter
 from ..core.device import get_device
 from ..core.distributed import rank_and_world, run_once
 from ..core.files import atomic_write, write_json
-from ..core.hashing import weights_digest
+from ..core.hashing import file_sha256, weights_digest
 from ..core.params import ParameterError
 from ..datasets.base import DataError, data_folder
 from ..models.base import Encoder
@@ -118,11 +117,6 @@ def _provenance(encoder: nn.Module, params: dict[str, Any], root: str | Path) ->
     )
 
 # %% ../../nbs/study/runs.ipynb #75a36d60
-def _sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save_run(
     folder: Path,
     thetas: tuple[dict, dict],  # state dicts at alpha 0 and 1, with the same keys
@@ -144,7 +138,7 @@ def save_run(
             tensors[f"head_{end}.{key}"] = value.contiguous()
     with atomic_write(folder / "theta.safetensors") as path:
         save_file(tensors, path)
-    write_json(folder / "run.json", {**info, "theta": _sha256_of(folder / "theta.safetensors")})
+    write_json(folder / "run.json", {**info, "theta": file_sha256(folder / "theta.safetensors")})
     (folder / "state.pt").unlink(missing_ok=True)  # what a killed run would have resumed from
 
 # %% ../../nbs/study/runs.ipynb #effddd66
@@ -214,7 +208,7 @@ def load_run(
     info = read_record(folder / "run.json")
     path = folder / "theta.safetensors"
     try:
-        found = _sha256_of(path)
+        found = file_sha256(path)
     except OSError as error:
         raise DataError(f"{path} is missing or cannot be read ({error})") from error
     if found != info["theta"]:

@@ -8,7 +8,6 @@ __all__ = ['BUILT_IN', 'keywords', 'loop_options', 'parameters', 'make_adapter',
 
 # %% ../../nbs/study/schema.ipynb #d06b69ea
 import functools
-import hashlib
 import inspect
 import itertools
 import re
@@ -162,8 +161,7 @@ def runs_folder(
 @functools.cache
 def _sha256(path: Path, changed: int) -> str:
     "SHA-256 of a file, computed once for each modification time."
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def data_digest(

@@ -210,9 +210,12 @@ def write_rows(rows: pd.DataFrame, path: str | Path) -> None:
 
 # %% ../../nbs/study/sweep.ipynb #cca70887
 def _cache_key(plan: SweepPlan, scorers: Sequence[str], metrics: Sequence[str], embedding: dict) -> str:
-    "A hash of a sweep over a suite at hand: its images, labels and sets, and the code."
+    "A hash of a sweep over a suite at hand: the run's weights, images, labels and sets, and the code."
     suite = plan.suite
     sets = {name: rows.tolist() for name, rows in suite.sets.items()}
     alphas = [round(alpha, 6) for alpha in plan.alphas]
     chosen = dict(scorers=list(scorers), metrics=list(metrics), all_banks=plan.all_banks, **embedding)
-    return digest([images_key(suite), suite.labels.tolist(), sets, alphas, chosen, _sweep_code(chosen)])
+    weights = plan.run.info.get("theta", "")
+    return digest(
+        [weights, images_key(suite), suite.labels.tolist(), sets, alphas, chosen, _sweep_code(chosen)]
+    )

@@ -47,7 +47,7 @@ def images_key(suite: Suite) -> list:
 def _pretrained_features(plan: SweepPlan, rows: torch.Tensor, folder: Path, bf16: bool) -> torch.Tensor:
     "Features at alpha = 0, computed by the first run of this encoder that asks."
     what = [plan.run.info["encoder_digest"], images_key(plan.suite), rows.tolist(), bf16]
-    path = folder / f"pretrained-{digest([*what, code_digest('study.sweep')])}.npy"
+    path = folder / f"pretrained-{digest([*what, code_digest('study.sweep_features')])}.npy"
     return extract_features_to(plan.run.encoder, plan.suite.images[rows], path, bf16=bf16)
 
 # %% ../../nbs/study/sweep_features.ipynb #49eab5d2
