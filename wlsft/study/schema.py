@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import ADAPTERS, Adapter
-from ..core.hashing import code_digest, digest
+from ..core.hashing import code_digest, digest, file_sha256
 from ..core.params import ParameterError, check_choice, check_parameters, check_values
 from ..datasets.base import data_folder, shipped_file
 from ..datasets.corpora import CORPORA, check_corpus, corpus_fingerprint
