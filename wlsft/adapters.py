@@ -16,7 +16,16 @@ from .core.params import ParameterError, check_choice, check_range
 from .datasets.images import ImageFiles
 from .models.base import Encoder
 from .models.replay import MEMORY_SOURCES, ReplayAttention, make_memory
-from .models.sites import adapter_sites, as_tokens, is_vit_block, record_tokens, site_names, site_widths
+from wlsft.models.sites import (
+    adapter_sites,
+    as_tokens,
+    check_sites,
+    is_vit_block,
+    record_tokens,
+    site_names,
+    site_widths,
+    stage_of,
+)
 
 # %% ../nbs/01_adapters.ipynb #22210533
 ADAPTERS: dict[str, type["Adapter"]] = {}  # name -> class; filled by `register_adapter`
@@ -70,15 +79,32 @@ class Adapter:
 # %% ../nbs/01_adapters.ipynb #6e9c1271
 @register_adapter
 class Full(Adapter):
-    "Full fine-tuning: nothing is added, everything trains."
+    "Full fine-tuning: nothing is added, and everything trains, or some blocks."
 
     name = "full"
 
+    def __init__(
+        self,
+        *,
+        blocks: Sequence[int] = (),  # sites that train; empty: everything
+    ):
+        self.blocks = blocks
+        self.variant = f"blocks {' '.join(map(str, blocks))}" if blocks else ""
+        self.prefixes: tuple[str, ...] = ()
+
+    def check(self, encoder):
+        if self.blocks:
+            site_names(encoder, self.blocks)
+
     def attach(self, encoder, images=None, seed=0):
+        if self.blocks:
+            names = site_names(encoder, self.blocks)
+            vit = is_vit_block(encoder.get_submodule(names[0]))
+            self.prefixes = tuple(f"{name if vit else stage_of(encoder, name)}." for name in names)
         return encoder
 
     def trains(self, key):
-        return True
+        return key.startswith(self.prefixes) if self.prefixes else True
 
 # %% ../nbs/01_adapters.ipynb #c4362e05
 def adapt(
@@ -126,11 +152,11 @@ def film_targets(
     found: dict[str, tuple[Any, Any]] = {}
     for name in site_names(encoder, blocks):
         vit = is_vit_block(encoder.get_submodule(name))
-        scope = name if vit else name.rpartition(".")[0]
+        scope = name if vit else stage_of(encoder, name)
         for key, module in encoder.get_submodule(scope).named_modules():
             if isinstance(module, nn.LayerNorm) and vit and key in ("norm1", "norm2", "ln_1", "ln_2"):
                 found[f"{scope}.{key}"] = (module, module)
-            if isinstance(module, nn.BatchNorm2d) and not vit:
+            if isinstance(module, nn.BatchNorm2d) and not vit and module.affine:
                 found[f"{scope}.{key}"] = (module, getattr(module, "drop", module))
     return found
 
@@ -150,7 +176,11 @@ class FiLM(Adapter):
         self.blocks = blocks
 
     def check(self, encoder):
-        film_targets(encoder, self.blocks)
+        check_sites(encoder, site_names(encoder, self.blocks))
+        if not film_targets(encoder, self.blocks):
+            raise ParameterError(
+                f"{type(encoder).__name__} has no norm with a scale and a shift at its sites"
+            )
 
     def attach(self, encoder, images=None, seed=0):
         for norm, slot in film_targets(encoder, self.blocks).values():
@@ -218,7 +248,7 @@ class TokenReplay(Adapter):
         self.variant = "" if memory_source == "recorded" else memory_source
 
     def check(self, encoder):
-        site_names(encoder, self.blocks)
+        check_sites(encoder, site_names(encoder, self.blocks))
 
     def attach(self, encoder, images=None, seed=0):
         return _attach_replay(encoder, _memories(encoder, images, self, seed), self, seed)

@@ -37,7 +37,7 @@ def _cumulative_votes(
 ) -> Iterator[tuple[int, torch.Tensor]]:  # k and float32 (N, C), k rising
     "Summed votes of the first k neighbours. The tensor is updated in place from one k to the next."
     weights = ((cosines - cosines[:, :1]) / temperature).exp()
-    total = torch.zeros(len(cosines), classes)
+    total = torch.zeros(len(cosines), classes, device=cosines.device)
     done = 0
     for k in sorted(set(ks)):
         yield k, total.scatter_add_(1, labels[:, done:k], weights[:, done:k])
@@ -65,13 +65,13 @@ def _winners(
     classes: int,  # number of classes C
     ks: Sequence[int],  # every k wanted, at most K
     temperature: float,  # T
-) -> dict[int, torch.Tensor]:  # k -> int64 (N,), the class with the largest vote
+) -> dict[int, torch.Tensor]:  # k -> int64 (N,) on the CPU, the class with the largest vote
     "The classes with the largest votes, from tables small enough for the processor's cache."
     parts: dict[int, list[torch.Tensor]] = {k: [] for k in sorted(set(ks))}
     for chunk in zip(cosines.split(1024), labels.split(1024)):
         for k, total in _cumulative_votes(*chunk, classes, ks, temperature):
             parts[k].append(total.argmax(1))
-    return {k: torch.cat(winners) for k, winners in parts.items()}
+    return {k: torch.cat(winners).cpu() for k, winners in parts.items()}
 
 # %% ../nbs/04_knn_eval.ipynb #b88f8d36
 def knn_predict(
@@ -85,7 +85,7 @@ def knn_predict(
 ) -> dict[int, torch.Tensor]:  # k -> int64 (N,), the class with the largest vote
     "Predictions of the k-NN classifier for every k, from one search."
     cosines, found = knn(query, bank, max(ks), exclude)
-    return _winners(cosines, labels[found], classes, ks, temperature)
+    return _winners(cosines, labels.to(found.device)[found], classes, ks, temperature)
 
 # %% ../nbs/04_knn_eval.ipynb #4482cc83
 def _select(
@@ -134,20 +134,21 @@ def _set_rows(
     classes = len(suite.classes)
     class_of = suite.class_map.get(name, torch.arange(classes))[suite.labels]
     cosines, found = knn(features[queries], _select(features, members), max(ks), exclude)
-    votes = (cosines, class_of[members][found], classes)
+    votes = (cosines, class_of[members].to(found.device)[found], classes)
     columns = dict(scorer="knn", bank=bank, temperature=temperature, set=name, split=suite.shift[name])
+    region = None if suite.groups is None else suite.groups[queries.numpy()]
     rows = []
     for k, predicted in _winners(*votes, ks, temperature).items():
         share = None
         if not SHARE_METRICS.isdisjoint(metrics):
-            share = knn_votes(*votes, [k], temperature)[k]
-        result = Predictions(predicted, class_of[queries], suite.clusters[queries.numpy()], share)
+            share = knn_votes(*votes, [k], temperature)[k].cpu()
+        result = Predictions(predicted, class_of[queries], suite.clusters[queries.numpy()], share, region)
         rows += metric_rows(result, metrics, keep=k == main_k, k=k, **columns)
     return rows
 
 # %% ../nbs/04_knn_eval.ipynb #fc643c3b
 def knn_rows(
-    features: torch.Tensor,  # float32 (N, D), one row for each image; rows of unused images are not read
+    features: torch.Tensor,  # float32 (N, D) on any device, a row for each image; unused rows are not read
     suite: Suite,
     sets: Sequence[str] | None = None,  # which query sets; None: all
     banks: Sequence[str] = ("id",),  # which banks

@@ -54,9 +54,10 @@ def fit_head(
 def zero_shot_start(
     model: ImageText,
     class_names: list[str],
+    templates: str = "simple",  # see `prompt_templates`
 ) -> dict[str, torch.Tensor]:  # weight (C, E) and bias (C,)
     "The zero-shot classifier times the trained scale (Wortsman et al. 2022, section 2)."
-    head = zero_shot_head(model, class_names, prompt_templates())
+    head = zero_shot_head(model, class_names, prompt_templates(templates))
     scale = model.clip.logit_scale.exp().item()
     return dict(weight=head["weight"] * scale, bias=head["bias"])
 
@@ -74,9 +75,12 @@ class FT(Method):
         self,
         *,
         batch_norm: str = "frozen",  # or running: statistics follow the batches
+        templates: str = "simple",  # of an image-text model's prompts: simple, openai or a file
     ):
         check_choice("batch_norm", batch_norm, ["frozen", "running"])
+        prompt_templates(templates)
         self.batch_norm = batch_norm
+        self.templates = templates
         self.variant = "running BatchNorm" if batch_norm == "running" else ""
 
     def task(self, encoder, sources):
@@ -109,7 +113,7 @@ def label_task(
         head = nn.Linear(encoder.num_features, len(suite.classes))
     task = Task(images, head, suite.labels[rows], views=views, class_names=suite.class_names)
     if isinstance(encoder, ImageText):
-        task.head_0 = zero_shot_start(encoder, suite.class_names)
+        task.head_0 = zero_shot_start(encoder, suite.class_names, method.templates)
     probe = functools.partial(fit_head, encoder, suite, rows, images, seed=sources.seed, cache=sources.cache)
     method.start(encoder, task, probe)
     return task
@@ -125,9 +129,10 @@ class LPFT(FT):
         self,
         *,
         batch_norm: str = "frozen",  # or running: statistics follow the batches
+        templates: str = "simple",  # of an image-text model's prompts: simple, openai or a file
         c_values: int = 12,  # values of C that the probe tries, 1e-6 to 1e5; DINOv3 tries 45
     ):
-        super().__init__(batch_norm=batch_norm)
+        super().__init__(batch_norm=batch_norm, templates=templates)
         self.c_values = c_values
 
     def start(self, encoder, task, probe):
@@ -146,9 +151,10 @@ class LP(LPFT):
     def __init__(
         self,
         *,
+        templates: str = "simple",  # of an image-text model's prompts: simple, openai or a file
         c_values: int = 12,  # values of C that the probe tries, 1e-6 to 1e5; DINOv3 tries 45
     ):
-        super().__init__(c_values=c_values)
+        super().__init__(templates=templates, c_values=c_values)
 
     def check(self, adapter):
         if adapter.name != "full":

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Head', 'METHODS', 'PairHead', 'pair_objective', 'consistency_penalty', 'Sources', 'Task', 'register_method', 'Method',
-           'WLSFT', 'load_training']
+           'WLSFT', 'load_pairs_for', 'load_training']
 
 # %% ../nbs/03_train.ipynb #2e6fd2c0
 import math
@@ -27,8 +27,9 @@ from .datasets.images import ImageFiles
 from .datasets.suites import load_suite
 from .evaluation.probe import ridge_regression
 from .losses import COLLISIONS, block_outputs, collision_arguments, contrastive_loss, replay_consistency
-from .models.base import Encoder
+from .models.base import Encoder, input_options
 from .models.features import cached_features
+from .models.image_text import is_text_parameter
 from .models.loop import SCALE_BOUNDS, Objective, finetune
 from .models.text import TextEmbeddings, embed_texts, prompt_templates
 
@@ -200,6 +201,9 @@ class WLSFT(Method):
     def task(self, encoder, sources):
         return _pair_task(self, encoder, sources)
 
+    def trains(self, key, adapter):
+        return adapter.trains(key) and not is_text_parameter(key)
+
     def objective(self, encoder, task):
         penalty = consistency_penalty(encoder, self.consistency)
         return pair_objective(task.head, task.pairs, task.texts, self.collisions, penalty)
@@ -207,7 +211,7 @@ class WLSFT(Method):
 # %% ../nbs/03_train.ipynb #75be8938
 def _pair_task(method: WLSFT, encoder: Encoder, sources: Sources) -> Task:
     "A pair corpus, its embedded texts, and the head from ridge regression on frozen features."
-    pairs = _load_pairs(encoder, sources)
+    pairs = load_pairs_for(encoder, sources)
     texts = embed_texts(pairs.texts, method.text_tower, sources.cache or None)
     features = cached_features(encoder, pairs.images, sources.cache)
     head = PairHead(*ridge_regression(features, texts.mean(pairs.group), method.ridge_l2))
@@ -215,8 +219,11 @@ def _pair_task(method: WLSFT, encoder: Encoder, sources: Sources) -> Task:
     return Task(pairs.images, head, None, pairs, texts, views=pairs.views, record=left_out)
 
 # %% ../nbs/03_train.ipynb #22c1d24b
-def _load_pairs(encoder: Encoder, sources: Sources) -> PairCorpus:
-    "The pair corpus, decoded for the encoder; EmojiShift's class prompts have the simple templates."
+def load_pairs_for(
+    encoder: Encoder,  # whose input size the images are decoded for
+    sources: Sources,
+) -> PairCorpus:
+    "The pair corpus; EmojiShift's class prompts have the simple templates."
     side = encoder.pretrained_cfg["input_size"][-1]
     templates = prompt_templates() if sources.corpus in EMOJISHIFT_CORPORA else None
     options = (sources.root, side, sources.n_pairs, sources.seed, sources.cache, templates)
@@ -231,12 +238,11 @@ def load_training(
     Suite, torch.Tensor, torch.Tensor | ImageFiles, dict
 ]:  # suite, rows of its bank, their images, views
     "A suite and its ID training images, larger than the input by what a centre crop would cut."
-    cfg = encoder.pretrained_cfg
-    loaded = load_suite(suite, root, cfg["input_size"][-1], cfg["crop_pct"])
+    loaded = load_suite(suite, root, **input_options(encoder))
     rows = loaded.banks["id"]["id-test"]
     rows = rows[~torch.isin(rows, loaded.sets["id-val"])]
     images = loaded.images[rows]
     if isinstance(images, ImageFiles):
-        images = replace(images, size=round(images.size / 0.875), crop=1.0)
+        images = replace(images, size=round(images.size / 0.875), crop=1.0, crop_mode="center")
     views = {} if suite == "emojishift" else PHOTO_AUGMENTATION
     return loaded, rows, images, views

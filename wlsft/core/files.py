@@ -8,7 +8,6 @@ __all__ = ['is_locked', 'atomic_write', 'write_json', 'preallocate', 'file_lock'
 # %% ../../nbs/core/files.ipynb #d2eed7d2
 import contextlib
 import errno
-import fcntl
 import glob
 import json
 import os
@@ -19,14 +18,21 @@ from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import IO, Any
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: nothing is locked there
+    fcntl = None  # type: ignore[assignment]
+
 # %% ../../nbs/core/files.ipynb #7bea7942
 def _try_lock(
     f: int | IO,  # an open file
-    kind: int,  # `fcntl.LOCK_EX` or `fcntl.LOCK_SH`
-) -> bool | None:  # None on a file system without locks
+    shared: bool = False,  # may others with `shared` hold it too?
+) -> bool | None:  # None on a system or a file system without locks
     "Lock an open file if nobody else has locked it, without waiting. Has it worked?"
+    if fcntl is None:
+        return None
     try:
-        fcntl.flock(f, kind | fcntl.LOCK_NB)
+        fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -38,7 +44,7 @@ def is_locked(path: str | Path) -> bool:
     "Is a process inside a `file_lock` or `atomic_write` block of this file?"
     try:
         with open(path) as f:
-            return _try_lock(f, fcntl.LOCK_SH) is False  # NFS gives readers only shared locks
+            return _try_lock(f, shared=True) is False  # NFS gives readers only shared locks
     except FileNotFoundError:
         return False
     except OSError:
@@ -84,7 +90,7 @@ def atomic_write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        if _try_lock(handle, fcntl.LOCK_EX):
+        if _try_lock(handle):
             _remove_leftovers(path)
     except OSError as e:
         raise OSError(e.errno, f"{path} cannot be written: {e.strerror}") from e
@@ -137,7 +143,7 @@ def file_lock(
             f = open(path, "a")
         except OSError as e:
             raise OSError(e.errno, f"{path.parent} cannot be written to: {e.strerror}") from e
-        if _try_lock(f, fcntl.LOCK_EX) is False:
+        if _try_lock(f) is False:
             print(f"another process works at {path.stem} in {path.parent}; waiting for it", file=sys.stderr)
             fcntl.flock(f, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):

@@ -6,6 +6,7 @@
 __all__ = ['DataError', 'data_folder', 'shipped_file', 'Suite', 'PairCorpus']
 
 # %% ../../nbs/datasets/base.ipynb #bf2e37c4
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,28 @@ class Suite:
     class_map: dict[str, torch.Tensor] = field(default_factory=dict)  # set -> int64 (C,): its class, or -1
     own_k: dict[str, int] = field(default_factory=dict)  # set -> k for its own, small bank
     version: str = ""  # changes when its files do
+    spelled: tuple[str, ...] = ()  # the classes as prompts spell them; empty: as they are
+    metrics: tuple[str, ...] = ("accuracy",)  # that the benchmark reports, see `evaluation/metrics`
+    groups: np.ndarray | None = None  # str (N,): groups of the metric `worst_group`; None: the clusters
 
     @property
     def class_names(self) -> list[str]:
-        "The classes as prompts spell them, with spaces for hyphens."
-        return [c.replace("-", " ") for c in self.classes]
+        "The classes as prompts spell them."
+        return list(self.spelled or self.classes)
 
     def thin(self, queries: int, bank: int = 1) -> "Suite":
         "Every n-th query of each set and every n-th image of each bank, for a quick look."
         return _thinned(self, queries, bank)
+
+    def without(self, rows: Sequence[int]) -> "Suite":
+        "The suite less some images, which stay in `images` and are in no set and no bank."
+        left_out = torch.as_tensor(rows)
+
+        def keep(members: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: m[~torch.isin(m, left_out)] for name, m in members.items()}
+
+        banks = {which: keep(members) for which, members in self.banks.items()}
+        return replace(self, sets=keep(self.sets), banks=banks)
 
 # %% ../../nbs/datasets/base.ipynb #d485e2ff
 def _thinned(suite: Suite, queries: int, bank: int) -> Suite:

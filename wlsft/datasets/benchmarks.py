@@ -106,7 +106,7 @@ def _domainnet40(root: Path) -> tuple:
     return _read_domainnet(root / "domainnet", sorted(set(wanted) & set(names.values())), names)
 
 # %% ../../nbs/datasets/benchmarks.ipynb #cd58f0a5
-@register_suite("iwildcam")
+@register_suite("iwildcam", metrics=("macro_f1",))
 def _iwildcam(root: Path) -> tuple:
     "iWildCam as in WILDS: OOD is other cameras. Groups are cameras."
     base = root / "iwildcam_v2.0"
@@ -125,26 +125,61 @@ def _iwildcam(root: Path) -> tuple:
     return names, bank, {"id-val": read("id_val"), "id-test": read("id_test"), "iwildcam-ood": read("test")}
 
 # %% ../../nbs/datasets/benchmarks.ipynb #1a423bb0
-@register_suite("fmow")
-def _fmow(root: Path) -> tuple:
-    "FMoW as in WILDS: OOD is later years. Groups are countries."
-    base = root / "fmow_v1.1"
+def _fmow_table(base: Path) -> pd.DataFrame:
+    "The rows of FMoW's metadata with the columns year, and region (empty for WILDS's region Other)."
     with expect(f"{base}/rgb_metadata.csv with columns split, category, country_code, timestamp"):
         table = pd.read_csv(base / "rgb_metadata.csv")
-    year = pd.to_datetime(table.timestamp, utc=True, format="ISO8601").dt.year
-    names = sorted(table.category[table.split != "seq"].unique())
+        year = pd.to_datetime(table.timestamp, utc=True, format="ISO8601").dt.year
+    with expect(f"{base}/country_code_mapping.csv with columns alpha-3, region"):
+        regions = pd.read_csv(base / "country_code_mapping.csv").set_index("alpha-3").region
+    return table.assign(year=year, region=table.country_code.map(regions).fillna("").replace("Other", ""))
+
+
+def _fmow_set(base: Path, table: pd.DataFrame, chosen: pd.Series, names: list[str]) -> LabelledSet:
+    "The chosen rows as a set. Groups are countries; `worst_group` is over regions."
+    rows = table[chosen]
+    paths = [base / f"images/rgb_img_{i}.png" for i in rows.index]
+    labels = rows.category.map(names.index).to_numpy(np.int64)
+    countries = rows.country_code.astype(str).tolist()
+    return LabelledSet(FileSource(paths), labels, groups=countries, regions=rows.region.tolist())
+
+
+def _fmow_names(table: pd.DataFrame) -> list[str]:
+    return sorted(table.category[table.split != "seq"].unique())
+
+
+_EARLY = range(2002, 2013)  # ID in WILDS
+_LATE = range(2016, 2018)
+
+
+@register_suite("fmow", metrics=("worst_group",))
+def _fmow(root: Path) -> tuple:
+    "FMoW as in WILDS: OOD is later years."
+    base = root / "fmow_v1.1"
+    table = _fmow_table(base)
+    names = _fmow_names(table)
 
     def read(split: str, years: range) -> LabelledSet:
-        rows = table[(table.split == split) & year.isin(years)]
-        paths = [base / f"images/rgb_img_{i}.png" for i in rows.index]
-        labels = rows.category.map(names.index).to_numpy(np.int64)
-        return LabelledSet(FileSource(paths), labels, groups=rows.country_code.astype(str).tolist())
+        return _fmow_set(base, table, (table.split == split) & table.year.isin(years), names)
 
-    early = range(2002, 2013)
-    late = range(2016, 2018)
-    bank = read("train", early)
-    sets = {"id-val": read("val", early), "id-test": read("test", early), "fmow-ood": read("test", late)}
-    return [name.replace("_", " ") for name in names], bank, sets
+    sets = {"id-val": read("val", _EARLY), "id-test": read("test", _EARLY), "fmow-ood": read("test", _LATE)}
+    return [name.replace("_", " ") for name in names], read("train", _EARLY), sets
+
+
+@register_suite("fmow-geo")
+def _fmow_geo(root: Path) -> tuple:
+    "FMoW's early years: ID is the Americas, OOD are Africa and Europe (Kumar et al. 2022)."
+    base = root / "fmow_v1.1"
+    table = _fmow_table(base)
+    names = _fmow_names(table)
+
+    def read(split: str, region: str) -> LabelledSet:
+        chosen = (table.split == split) & table.year.isin(_EARLY) & (table.region == region)
+        return _fmow_set(base, table, chosen, names)
+
+    sets = {"id-val": read("val", "Americas"), "id-test": read("test", "Americas")}
+    sets |= {f"fmow-{region.lower()}": read("test", region) for region in ("Africa", "Europe")}
+    return [name.replace("_", " ") for name in names], read("train", "Americas"), sets
 
 # %% ../../nbs/datasets/benchmarks.ipynb #19056135
 def _torchvision_labels(dataset: Any) -> np.ndarray:
@@ -188,7 +223,7 @@ def _rendered_sst2(root: Path) -> tuple:
     return _torchvision(root, "RenderedSST2", ("train", "val", "test"))
 
 
-@register_suite("caltech101")
+@register_suite("caltech101", metrics=("mean_per_class",))
 def _caltech101(root: Path) -> tuple:
     "Caltech101, split 60 / 20 / 20 by a seeded permutation."
     from torchvision.datasets import Caltech101

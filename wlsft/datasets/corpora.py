@@ -9,6 +9,8 @@ __all__ = ['CORPORA', 'Corpus', 'register_corpus', 'imagenet_ids', 'class_files'
 
 # %% ../../nbs/datasets/corpora.ipynb #c1bca67d
 import json
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +21,17 @@ import numpy as np
 from ..core.hashing import digest
 from ..core.params import check_choice, check_range
 from .base import DataError, PairCorpus, data_folder
-from .captions import Candidates, build_corpus, require_path, safe_join, table_pairs, tar_pairs
+from wlsft.datasets.captions import (
+    Candidates,
+    build_corpus,
+    folder_pairs,
+    image_column,
+    parquet_pairs,
+    require_path,
+    safe_join,
+    table_pairs,
+    tar_pairs,
+)
 from .emojishift import EMOJISHIFT_CORPORA, emojishift_pairs, load_emojishift
 from .images import IMAGE_SUFFIXES, FileSource, ImageSource, file_stamp
 from .openclipart import openclipart_pairs
@@ -68,14 +80,29 @@ def imagenet_ids() -> list[str]:
     return ImageNetInfo("imagenet-1k").label_names()
 
 # %% ../../nbs/datasets/corpora.ipynb #1f27fd04
+_STRAYS = ("@eaDir", "__MACOSX")  # what network drives and archives leave beside pictures
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in _STRAYS
+
+
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    "Sorted images below a folder; hidden files and folders are no part of it."
+    found: list[Path] = []
+    for path, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not _hidden(name)]
+        found += [Path(path, name) for name in images]
+    return sorted(found)
 
 
 def class_files(folder: Path) -> dict[str, list[Path]]:
     "Sorted images of every class folder. Raises `DataError` for a folder without classes or an empty class."
     expected = f"{folder}/CLASS/*.jpg"
-    class_folders = sorted(p for p in require_path(folder, expected).iterdir() if p.is_dir())
+    class_folders = sorted(
+        p for p in require_path(folder, expected).iterdir() if p.is_dir() and not _hidden(p.name)
+    )
     files = {p.name: _images_in(p) for p in class_folders}
     if not files:
         raise DataError(f"{folder} has no class folders; expected: {expected}")
@@ -135,23 +162,43 @@ def _class_rounds(
     return paths, np.array(labels, np.int64), np.array(rounds, np.int64)
 
 # %% ../../nbs/datasets/corpora.ipynb #d0000010
+_HELD_OUT = re.compile(r"(^|[-_.])(val|valid|validation|test|dev)([-_.0-9]|$)", re.IGNORECASE)
+
+
+def _training(paths: Sequence[Path]) -> list[Path]:
+    "The paths whose name does not say that they are for validation, sorted."
+    return sorted(path for path in paths if not _HELD_OUT.search(path.stem))
+
+
+def _cc_source(folder: Path, want: int, rng: np.random.Generator, expected: str) -> tuple:
+    "Images, captions and what was left out, from whatever form the folder has."
+
+    def shuffled(shards: list[Path]) -> list[Path]:
+        return [shards[i] for i in rng.permutation(len(shards))]
+
+    tars = _training(folder.glob("*.tar"))
+    if tars:
+        return tar_pairs(shuffled(tars), want)
+    folders = [path for path in _training(folder.iterdir()) if path.is_dir() and path.name.isdecimal()]
+    if folders:
+        return (*folder_pairs(shuffled(folders), want), [])
+    parquets = [path for path in _training(folder.glob("*.parquet")) if image_column(path)]
+    if parquets:
+        return (*parquet_pairs(shuffled(parquets), want), [])
+    tables = _training([*folder.glob("*.tsv"), *folder.glob("*.csv")])
+    if len(tables) != 1:
+        raise DataError(f"{folder} has no shards to train on and {len(tables)} tables; expected: {expected}")
+    return table_pairs(tables[0])
+
+
 @register_corpus("cc20k", n_pairs=20_000, files="cc3m", suite="imagenet")
 def cc_pairs(root: Path, n: int, seed: int, size: int, cache: str | Path) -> PairCorpus:
-    "Conceptual Captions: `cc3m/*.tar`, or `cc3m/*.tsv` (or .csv) next to its images."
+    "Conceptual Captions in `cc3m/`: tars, folders or parquet files of img2dataset, or one .tsv or .csv."
     written = f"{root}/cc3m/00000.tar ... as img2dataset writes them"
     expected = f"{written}, or {root}/cc3m/train.tsv with columns filepath and caption"
     folder = require_path(root / "cc3m", expected)
     rng = np.random.default_rng(seed)
-    tars = sorted(folder.glob("*.tar"))
-    tables = sorted([*folder.glob("*.tsv"), *folder.glob("*.csv")])
-    if not tars and len(tables) != 1:
-        wanted = "tars of img2dataset, or one .tsv or .csv"
-        raise DataError(f"{folder} has no .tar and {len(tables)} tables; expected: {wanted}")
-    source: ImageSource
-    if tars:
-        source, texts, skipped = tar_pairs([tars[i] for i in rng.permutation(len(tars))], 2 * n)
-    else:
-        source, texts, skipped = table_pairs(tables[0])
+    source, texts, skipped = _cc_source(folder, 2 * n, rng, expected)
     candidates = Candidates.shuffled(source, [[text] for text in texts], rng, skipped)
     return build_corpus("cc20k", candidates, n, size, cache)
 
@@ -162,7 +209,7 @@ def coco_pairs(root: Path, n: int, seed: int, size: int, cache: str | Path) -> P
     path = root / "coco/annotations/captions_train2017.json"
     require_path(path, f"{path} and {root}/coco/train2017/*.jpg")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         names: dict[int, str] = {image["id"]: image["file_name"] for image in content["images"]}
         texts: dict[int, list[str]] = {i: [] for i in names}
         for annotation in content["annotations"]:

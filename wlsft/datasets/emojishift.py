@@ -127,6 +127,7 @@ def emojishift_suite(
         shift={name: _shift_of(name) for name in sets},
         banks={"id": dict.fromkeys(sets, sets["id-train"]), "own": own, "mixed": dict.fromkeys(sets, mixed)},
         own_k={"clipart": 10, "photographs": 5},
+        spelled=tuple(name.replace("-", " ") for name in emoji.classes),  # classes are called food-fruit
     )
 
 # %% ../../nbs/00_data.ipynb #e0000008

@@ -7,6 +7,7 @@ __all__ = ['IMAGENET_SIZES']
 
 # %% ../../nbs/datasets/imagenet.ipynb #f8e46a9f
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,31 +19,56 @@ from .images import FileSource
 from .labelled import LabelledSet, expect, image_folder, register_suite
 
 # %% ../../nbs/datasets/imagenet.ipynb #dfdf81e3
-IMAGENET_SIZES = {  # published number of images
+IMAGENET_SIZES = {  # published number of images; of ObjectNet those of the 113 classes that ImageNet has
     "bank": 1_281_167,
     "id-test": 50_000,
     "imagenet-v2": 10_000,
     "imagenet-r": 30_000,
     "imagenet-a": 7_500,
     "imagenet-sketch": 50_889,
+    "objectnet": 18_574,
 }
+_SHIFTED = {  # set -> its folder
+    "imagenet-v2": "imagenetv2-matched-frequency-format-val",
+    "imagenet-r": "imagenet-r",
+    "imagenet-a": "imagenet-a",
+    "imagenet-sketch": "sketch",
+}
+
+
+def _there(root: Path, folders: dict[str, str]) -> dict[str, str]:
+    "The sets whose folder exists; those that are missing are named in a warning."
+    missing = [name for name, folder in folders.items() if not (root / folder).is_dir()]
+    if len(missing) == len(folders):
+        raise DataError(
+            f"{root} has none of the shifted sets; expected at least one of {', '.join(folders.values())}"
+        )
+    if missing:
+        where = ", ".join(f"{name} ({root / folders[name]})" for name in missing)
+        warnings.warn(f"suite without {where}: no such folder", stacklevel=2)
+    return {name: folder for name, folder in folders.items() if name not in missing}
+
+
+def _class_folders(folder: Path, label: dict[str, int]) -> LabelledSet:
+    "`image_folder`, with the cure for ImageNet's validation images as they are distributed, without classes."
+    if folder.is_dir() and any(folder.glob("*.JPEG")):
+        script = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
+        raise DataError(f"{folder} holds images without class folders; sort them first, as by {script}")
+    return image_folder(folder, label)
 
 
 @register_suite("imagenet")
 def _imagenet(root: Path) -> tuple:
-    "ImageNet-1k with V2, R, A and Sketch."
+    "ImageNet-1k with those of V2, R, A and Sketch that are there."
     from open_clip import IMAGENET_CLASSNAMES
 
     label = {wordnet_id: i for i, wordnet_id in enumerate(imagenet_ids())}
     label_v2 = {str(i): i for i in range(1000)}
+    shifted = _there(root, _SHIFTED)
     bank = image_folder(root / "imagenet/train", label)
-    sets = {
-        "id-test": image_folder(root / "imagenet/val", label),
-        "imagenet-v2": image_folder(root / "imagenetv2-matched-frequency-format-val", label_v2),
-        "imagenet-r": image_folder(root / "imagenet-r", label),
-        "imagenet-a": image_folder(root / "imagenet-a", label),
-        "imagenet-sketch": image_folder(root / "sketch", label),
-    }
+    sets = {"id-test": _class_folders(root / "imagenet/val", label)}
+    for name, folder in shifted.items():
+        sets[name] = image_folder(root / folder, label_v2 if name == "imagenet-v2" else label)
     return list(IMAGENET_CLASSNAMES), bank, sets
 
 # %% ../../nbs/datasets/imagenet.ipynb #846b8157

@@ -21,8 +21,8 @@ from .benchmarks import CIFAR10_SIZES
 from .corpora import class_files, is_custom
 from .emojishift import emojishift_suite, emojishift_version, load_emojishift
 from .imagenet import IMAGENET_SIZES
-from .images import file_stamp, image_versions
-from .labelled import SUITES, LabelledSet, build_suite, image_folder
+from .images import file_stamp, images_digest
+from .labelled import BENCHMARK_METRICS, SUITES, LabelledSet, build_suite, image_folder
 
 # %% ../../nbs/datasets/suites.ipynb #82843623
 def _custom(folder: Path) -> tuple:
@@ -86,7 +86,11 @@ def write_checksums(
     return checksums
 
 # %% ../../nbs/datasets/suites.ipynb #8da307d6
-PUBLISHED_SIZES = {"imagenet": IMAGENET_SIZES, "imagenet-objectnet": IMAGENET_SIZES, "cifar10": CIFAR10_SIZES}
+PUBLISHED_SIZES = {
+    "imagenet": IMAGENET_SIZES,
+    "imagenet-objectnet": IMAGENET_SIZES,
+    "cifar10": CIFAR10_SIZES,
+}
 
 
 def _check_copy(name: str, checksums: dict[str, dict], folder: Path) -> None:
@@ -144,7 +148,8 @@ def load_suite(
     name: str,  # `emojishift`, one of `SUITES`, or NAME=FOLDER of custom data
     root: str | Path = "",  # see `data_folder`
     size: int = 224,  # side of decoded images, pixels: the encoder's input
-    crop: float = 0.875,  # see `resize_center_crop`: the encoder's `crop_pct`
+    crop: float = 0.875,  # see `square_crop`: the encoder's `crop_pct`
+    **how,  # `interpolation`, `crop_mode` and `fill`; all five are `input_options(encoder)`
 ) -> Suite:
     "A suite by name. Raises `DataError` for missing files, and for a copy that is not the expected one."
     if name == "emojishift":
@@ -153,10 +158,11 @@ def load_suite(
     classes, bank, parts = _read_suite(name, folder)
     checksums = {s: _checksum(part) for s, part in {"bank": bank, **parts}.items()}
     _check_copy(name, checksums, folder)
-    suite = build_suite(name.partition("=")[0], classes, bank, parts, size, crop)
+    suite = build_suite(name.partition("=")[0], classes, bank, parts, size, crop, **how)
     if is_custom(name):
         _warn_copies(suite)
-    return replace(suite, version=digest(image_versions(suite.images)))
+    metrics = ("accuracy", *BENCHMARK_METRICS.get(name, ()))
+    return replace(suite, version=images_digest(suite.images), metrics=metrics)
 
 # %% ../../nbs/datasets/suites.ipynb #3adb99b3
 def suite_fingerprint(

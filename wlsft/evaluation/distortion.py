@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from ..core.params import ParameterError
 from ..datasets.base import Suite
 from ..datasets.images import image_batches
 from .knn_search import knn_search
@@ -51,6 +52,14 @@ def mutual_knn(
     return (of_x[:, :, None] == of_y[:, None]).any(2).float().mean().item()
 
 # %% ../../nbs/evaluation/distortion.ipynb #d3374234
+def _sites_if_any(encoder: Encoder) -> dict:
+    "The sites of an encoder; none for one that cannot be adapted, of which the pooled feature remains."
+    try:
+        return adapter_sites(encoder)
+    except ParameterError:
+        return {}
+
+
 @torch.no_grad()
 def block_features(
     encoder: Encoder,  # a timm or image-text model
@@ -58,7 +67,7 @@ def block_features(
     batch_size: int = 64,
 ) -> dict[str, torch.Tensor]:  # site -> float32 (N, D), in order of depth; the last is `feature`
     "Mean over tokens of what enters each site, and the encoder's feature; the encoder is left as it was."
-    sites = adapter_sites(encoder)
+    sites = _sites_if_any(encoder)
     found: dict[str, list[torch.Tensor]] = {site: [] for site in (*sites, "feature")}
 
     def record(site):

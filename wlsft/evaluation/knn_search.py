@@ -98,11 +98,12 @@ def knn_search(
     query_rows = max(1, chunk_bytes // (8 * min(bank_rows, len(bank))))
     best: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for low in range(0, len(bank), bank_rows):  # a mapped bank is never in memory as a whole
-        part = F.normalize(_check_finite(bank[low : low + bank_rows], "bank", low).float(), dim=1)
+        part = bank[low : low + bank_rows].to(query.device).float()
+        part = F.normalize(_check_finite(part, "bank", low), dim=1)
         for start in range(0, len(query), query_rows):
             similarity = linear(query[start : start + query_rows], part)
             if exclude is not None:
-                _exclude(similarity, exclude[start : start + query_rows] - low)
+                _exclude(similarity, exclude[start : start + query_rows].to(query.device) - low)
             values, index = _exact_topk(similarity, min(k, len(part)))
             best[start] = _merge(best.get(start), (values, index + low), k)
     return _cat(list(best.values()))
@@ -241,13 +242,16 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 
 def knn(
-    query: torch.Tensor,  # float (N, D)
-    bank: torch.Tensor,  # float (B, D)
+    query: torch.Tensor,  # float (N, D), on the device that searches
+    bank: torch.Tensor,  # float (B, D), there or elsewhere
     k: int,  # neighbours, at most B
     exclude: torch.Tensor | None = None,  # see `knn_search`
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (N, k), falling; bank rows (N, k)
     "By `knn_bf16` where it pays."
     query = query.float()
+    exclude = None if exclude is None else exclude.to(query.device)
     large = bank.dtype == torch.float32 and len(bank) >= 16_384 and 32 * k <= len(bank)
-    search = knn_bf16 if large and _multiplies_bf16(query.device) else knn_search
+    search = (
+        knn_bf16 if large and bank.device == query.device and _multiplies_bf16(query.device) else knn_search
+    )
     return search(query, bank, k, exclude)

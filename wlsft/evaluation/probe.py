@@ -196,7 +196,8 @@ def _predict(scores: torch.Tensor, suite: Suite, name: str, with_share: bool) ->
         scores = lowest.scatter_reduce_(1, index, scores[:, kept], "amax")
         label = class_map[label]
     share = scores.softmax(1) if with_share else None
-    return Predictions(scores.argmax(1), label, suite.clusters[queries], share)
+    region = None if suite.groups is None else suite.groups[queries.numpy()]
+    return Predictions(scores.argmax(1), label, suite.clusters[queries], share, region)
 
 # %% ../../nbs/evaluation/probe.ipynb #2137db9a
 def head_rows(
@@ -211,7 +212,8 @@ def head_rows(
     rows = []
     for name in sets:
         queries = suite.sets[check_choice("set", name, suite.sets)]
-        scores = F.linear(features[queries], head["weight"], head["bias"])
+        weight, bias = head["weight"].to(features.device), head["bias"].to(features.device)
+        scores = F.linear(features[queries], weight, bias).cpu()
         predictions = _predict(scores, suite, name, with_share)
         rows += metric_rows(predictions, metrics, scorer="head", set=name, split=suite.shift[name])
     return pd.DataFrame(rows)
@@ -229,7 +231,7 @@ def probe_rows(
     bank = suite.banks["id"]["id-test"]
     if "id-val" in suite.sets:
         bank = bank[~torch.isin(bank, suite.sets["id-val"])]
-    bank_features, labels = features[bank].numpy(), suite.labels[bank].numpy()
+    bank_features, labels = features[bank].cpu().numpy(), suite.labels[bank].numpy()
     probe = fit_probe(
         bank_features, labels, len(suite.classes), "ridge", c_values, suite.clusters[bank], seed
     )

@@ -22,7 +22,7 @@ from ..core.distributed import local_slice, rank_and_world, run_once
 from ..core.files import atomic_write, preallocate, progress, write_json
 from ..core.hashing import digest, weights_digest
 from ..datasets.base import DataError
-from ..datasets.images import ImageFiles, image_batches, image_versions
+from ..datasets.images import ImageFiles, check_readable, image_batches, images_digest
 from .base import Encoder, preprocess
 
 # %% ../../nbs/models/features.ipynb #c8e5e3e0
@@ -56,6 +56,7 @@ def extract_features(
     workers: int | None = None,  # see `image_batches`
 ) -> torch.Tensor:  # float32 (N, D) on the CPU, not normalised
     "Pooled features of all images, in evaluation mode. The model's mode, device and weights do not change."
+    check_readable(images)
     return torch.cat(list(_feature_batches(encoder, images, batch_size, bf16, workers)), dim=-2)
 
 # %% ../../nbs/models/features.ipynb #c501713d
@@ -73,6 +74,7 @@ def _fill_rows(
     rest = images[torch.arange(done, rows.stop)]
     if not len(rest):
         return
+    check_readable(rest)
     batches = _feature_batches(encoder, rest, spec["batch_size"], spec["bf16"], workers)
     for i, y in enumerate(batches, 1):
         n = y.shape[-2]
@@ -146,7 +148,7 @@ def cached_features(
     if isinstance(images, torch.Tensor):
         pixels = [list(images.shape), hashlib.sha256(images.numpy().tobytes()).hexdigest()]
     else:
-        pixels = [image_versions(images), images.size, images.crop]
+        pixels = [images_digest(images)]
     path = Path(cache) / f"features-{digest([weights_digest(encoder), pixels, options])}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     return extract_features_to(encoder, images, path, **options)

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['SHIPPED_CLIP', 'ImageText', 'is_text_parameter', 'unaligned_clip', 'is_aligned_parameter', 'is_image_text',
-           'load_image_text', 'check_prompts', 'zero_shot_head']
+           'is_torchscript', 'load_image_text', 'check_prompts', 'zero_shot_head']
 
 # %% ../../nbs/models/image_text.ipynb #d4fd2c9e
+import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +104,8 @@ def _shipped(root: str | Path) -> ImageText:
 # %% ../../nbs/models/image_text.ipynb #a0da80fc
 def is_image_text(name: str) -> bool:
     "Is this a name for `load_image_text`?"
-    return name in SHIPPED_CLIP or "/" in name or name.startswith(("local-dir:", "hf-hub:"))
+    kind = name.partition("=")[0]
+    return kind in SHIPPED_CLIP or "/" in kind or kind.startswith(("local-dir:", "hf-hub:"))
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -120,16 +123,56 @@ def _split_name(name: str) -> tuple[str, str]:
         )
     return kind, tag
 
+# %% ../../nbs/models/image_text.ipynb #136bd6c0
+_CROP_MODE = dict(shortest="center", squash="squash", longest="border")  # open_clip's word -> timm's
+_OPENAI_KEYS = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's files only
+
+
+def is_torchscript(path: str | Path) -> bool:
+    "Is this file a TorchScript archive, a program instead of weights?"
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())
+
+
+def _has_openai_keys(path: str) -> bool:
+    if path.lower().endswith(".safetensors"):
+        return False
+    found = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
+    return isinstance(found, dict) and _OPENAI_KEYS <= found.keys()
+
+
+def _needs_quick_gelu(kind: str, tag: str) -> bool:
+    "Were these weights trained with QuickGELU? A warning where a file does not say."
+    import open_clip
+
+    if not Path(tag).is_file():
+        cfg = open_clip.get_pretrained_cfg(kind, tag) or {}
+        return bool(cfg.get("quick_gelu"))  # open_clip itself only warns
+    if _has_openai_keys(tag):
+        return True
+    twin = f"{kind}-quickgelu"
+    if twin in open_clip.list_models():
+        warnings.warn(
+            f"{tag} does not say whether it was trained with QuickGELU; {kind} is taken without. "
+            f"For weights of OpenAI, or any other with QuickGELU, say {twin}/FILE",
+            stacklevel=2,
+        )
+    return False
+
 # %% ../../nbs/models/image_text.ipynb #5434092a
 def _open_clip(kind: str, tag: str) -> ImageText:
     "A pretrained model of open_clip, wrapped."
     import open_clip
 
-    pretrained_cfg = open_clip.get_pretrained_cfg(kind, tag) or {}
-    quick_gelu = bool(pretrained_cfg.get("quick_gelu"))  # open_clip itself only warns
-    clip = open_clip.create_model(
-        kind, pretrained=tag or None, weights_only=True, force_quick_gelu=quick_gelu
-    )
+    quick_gelu = _needs_quick_gelu(kind, tag)
+    own_format = Path(tag).is_file() and _has_openai_keys(tag)  # three numbers that are no weights
+    pretrained = None if own_format else tag or None
+    clip = open_clip.create_model(kind, pretrained=pretrained, weights_only=True, force_quick_gelu=quick_gelu)
+    if own_format:
+        weights = torch.load(tag, weights_only=True, map_location="cpu")
+        clip.load_state_dict({key: value for key, value in weights.items() if key not in _OPENAI_KEYS})
     clip.eval()
     shape = open_clip.get_model_preprocess_cfg(clip)
     size = shape["size"]
@@ -138,6 +181,8 @@ def _open_clip(kind: str, tag: str) -> ImageText:
     with torch.no_grad():
         width = clip.encode_image(torch.zeros(1, 3, *size)).shape[1]
     cfg = dict(input_size=(3, *size), mean=shape["mean"], std=shape["std"], crop_pct=1.0)
+    cfg |= dict(interpolation=shape["interpolation"], crop_mode=_CROP_MODE[shape["resize_mode"]])
+    cfg["fill"] = (shape["fill_color"] / 255,) * 3
     return ImageText(clip, open_clip.get_tokenizer(kind), cfg, width)
 
 
@@ -149,6 +194,9 @@ def load_image_text(
     if name in SHIPPED_CLIP:
         return _shipped(root).eval()
     kind, tag = _split_name(name)
+    if Path(tag).is_file() and is_torchscript(tag):
+        convert = "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
+        raise DataError(f"{tag} is a TorchScript archive, not weights; convert it: {convert}")
     try:
         return _open_clip(kind, tag).eval()
     except Exception as e:
@@ -164,9 +212,6 @@ def check_prompts(
     "Templates as functions from class name to prompt. Raises `ParameterError` for what mixes up classes."
     if len(classes) < 2:
         raise ParameterError(f"classes = {list(classes)}; a classifier needs at least two")
-    twice = sorted({c for c in classes if list(classes).count(c) > 1})
-    if twice:
-        raise ParameterError(f"class {twice[0]!r} is named twice")
     if not len(templates):
         raise ParameterError("templates is empty; there must be at least one, such as 'a photo of a {}.'")
     functions: list[Callable[[str], str]] = []

@@ -120,8 +120,22 @@ def embed_texts(
     return TextEmbeddings(vectors, count.cumsum(0) - count, count)
 
 # %% ../../nbs/models/text.ipynb #85e433a4
-def prompt_templates() -> list[Callable[[str], str]]:
-    "The seven simple ImageNet templates of open_clip (OpenAI's selection): class name -> text."
+def prompt_templates(
+    name: str = "simple",  # `simple` (7), `openai` (80), or a file with one template a line
+) -> list[Callable[[str], str]]:  # class name -> text
+    "Templates of class prompts: OpenAI's for ImageNet, or one's own. Raises `ParameterError`."
     import open_clip
 
-    return list(open_clip.SIMPLE_IMAGENET_TEMPLATES)
+    if name == "simple":
+        return list(open_clip.SIMPLE_IMAGENET_TEMPLATES)
+    if name == "openai":
+        return list(open_clip.OPENAI_IMAGENET_TEMPLATES)
+    if not Path(name).is_file():
+        raise ParameterError(f"templates = {name!r} is not allowed: it must be simple, openai, or a file")
+    lines = [line for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+    wrong = [line for line in lines if line.count("{}") != 1]
+    if wrong or not lines:
+        raise ParameterError(
+            f"{name} must have one template a line, with one {{}} each: {wrong[:1] or 'it has none'}"
+        )
+    return [line.format for line in lines]

@@ -7,8 +7,10 @@ __all__ = ['describe_parameters', 'main']
 
 # %% ../../nbs/study/cli.ipynb #b42e48f0
 import argparse
+import contextlib
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from ..adapters import ADAPTERS
-from ..core.device import get_device
+from ..core.device import claimed_gpus, get_device
 from ..core.distributed import init_distributed, rank_and_world
 from ..core.files import file_lock
 from ..core.params import RANGES, ParameterError
@@ -27,7 +29,7 @@ from ..datasets.base import DataError, data_folder
 from ..models.loop import finetune
 from .notebooks import parse_value, run_notebook
 from .plan import Job, study_plan
-from .runs import load_run, train_run
+from .runs import Run, load_run, run_between, train_run
 from .schema import all_parameters, runs_folder
 from .status import folder_size, is_active, prunable, required_runs, study_status
 from .sweep import SWEEP, alpha_sweep, resolve_sweep, suite_of, sweep_name, write_rows
@@ -88,10 +90,16 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: parse_value(text) for name, text in args.p}
 
 # %% ../../nbs/study/cli.ipynb #4cd59a69
-def _train(args: argparse.Namespace) -> None:
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # under torchrun
+def _join_processes(device: str) -> bool:
+    "Join the others under `torchrun`. Are there any?"
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several:
-        init_distributed(args.device)
+        init_distributed(device)
+    return several
+
+
+def _train(args: argparse.Namespace) -> None:
+    several = _join_processes(args.device)
     train = record(train_run) if several else train_run  # torchrun then reports the message of a rank
     folder = train(_given(args), runs=args.runs, root=args.data, device=args.device)
     if rank_and_world()[0] == 0:
@@ -100,20 +108,45 @@ def _train(args: argparse.Namespace) -> None:
         torch.distributed.destroy_process_group()
 
 # %% ../../nbs/study/cli.ipynb #ed59b37a
+def _swept_run(args: argparse.Namespace) -> Run:
+    "The run that is named, or the one between two encoders."
+    if bool(args.run) == bool(args.start) or bool(args.start) != bool(args.end):
+        raise ParameterError("name a run, or two encoders with --from and --to")
+    if args.start:
+        return run_between(args.start, args.end, args.data)
+    return load_run(args.run, args.runs, args.data)
+
+
+def _curve(rows: pd.DataFrame) -> pd.DataFrame:
+    "Accuracy in percent by alpha and set, under the ID bank at the main k."
+    kept = rows[
+        (rows.scorer == "knn") & (rows.bank == "id") & (rows.metric == "accuracy") & rows.correct.notna()
+    ]
+    order = list(dict.fromkeys(kept["set"]))
+    return kept.pivot(index="alpha", columns="set", values="value")[order].round(1).reset_index()
+
+
 def _sweep(args: argparse.Namespace) -> None:
-    p = resolve_sweep(_given(args))
+    p = resolve_sweep(_given(args) | (dict(suite=args.suite) if args.suite else {}))
     name = sweep_name(p, args.data)
-    run = load_run(args.run, args.runs, args.data)
+    several = _join_processes(args.device)
+    run = _swept_run(args)
     run.encoder.to(get_device(args.device))
     out = Path(args.out) if args.out else runs_folder(args.runs) / run.name / f"rows-{name}.parquet"
     alphas = [step / p["alpha_steps"] for step in range(p["alpha_steps"] + 1)]
-    options = {key: p[key] for key in ("scorers", "metrics", "all_banks", "max_feature_error")}
-    with file_lock(out.with_name(f"sweep-{name}.lock")):
+    options = {key: value for key, value in p.items() if key not in ("suite", "alpha_steps", "stride")}
+    first = rank_and_world()[0] == 0
+    with file_lock(out.with_name(f"sweep-{name}.lock")) if first else contextlib.nullcontext():
         suite = suite_of(run, p["suite"], args.data).thin(p["stride"], bank=p["stride"])
         cache = args.cache or runs_folder(args.runs) / "cache"
-        rows = alpha_sweep(run, suite, alphas, cache=cache, bf16=args.bf16, **options)
-        write_rows(rows.assign(study=args.study), out)
-    print(out)
+        rows = alpha_sweep(run, suite, alphas, cache=cache, **options)
+        if first:
+            write_rows(rows.assign(study=args.study), out)
+    if first:
+        _print(_curve(rows), "no k-NN among the scorers")
+        print(out)
+    if several:
+        torch.distributed.destroy_process_group()
 
 # %% ../../nbs/study/cli.ipynb #aa703459
 def _plan_of(args: argparse.Namespace) -> dict[tuple[str, str], Job]:
@@ -147,6 +180,11 @@ def _prune(args: argparse.Namespace) -> None:
         if not is_active(Path(path)):
             shutil.rmtree(path)
 
+
+def _with_gpus(args: argparse.Namespace) -> None:
+    with claimed_gpus(args.count) as visible:
+        sys.exit(subprocess.call(args.line, env={**os.environ, **visible}, close_fds=False))
+
 # %% ../../nbs/study/cli.ipynb #3b8e4070
 def _add_parameters(parser: argparse.ArgumentParser) -> None:
     described = "one parameter; a Python literal, true, false, or text"
@@ -174,14 +212,16 @@ def _run_parsers(commands) -> None:
     _add_parameters(train)
     sweep = commands.add_parser("sweep", help="score a run at every alpha", formatter_class=plain)
     sweep.epilog = "parameters:\n" + "\n".join(f"  {name} = {default!r}" for name, default in SWEEP.items())
-    sweep.add_argument("run", help="its folder, or its name")
+    sweep.add_argument("run", nargs="?", default="", help="its folder, or its name")
+    sweep.add_argument("--from", dest="start", default="", help="instead of a run: an encoder, at alpha = 0")
+    sweep.add_argument("--to", dest="end", default="", help="and another of its architecture, at alpha = 1")
+    sweep.add_argument("--suite", default="", help="a suite, or NAME=FOLDER; default: the run's")
     _add_parameters(sweep)
     sweep.add_argument("--study", default="", help="a label for the rows")
     sweep.add_argument("--out", default="", help="parquet file; default: in the run's folder")
     sweep.add_argument(
         "--cache", default="", help="folder in which an interrupted sweep continues; default: runs/cache"
     )
-    sweep.add_argument("--bf16", action="store_true", help="half precision in the encoder")
     for parser, function in ((train, _train), (sweep, _sweep)):
         _add_places(parser)
         parser.add_argument("--device", default="", help="cpu, cuda, cuda:1; default: a GPU if there is one")
@@ -197,6 +237,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_parameters(notebook)
     notebook.set_defaults(function=_notebook)
     _run_parsers(commands)
+    gpus = commands.add_parser("with-gpus", help="run a command on GPUs that no other job of ours has")
+    gpus.add_argument("count", type=int, help="how many; 0: none is looked for")
+    gpus.add_argument("line", nargs=argparse.REMAINDER, metavar="COMMAND")
+    gpus.set_defaults(function=_with_gpus)
     status = commands.add_parser("status", help="what of a study is done, running or failed, and why")
     _add_study(status)
     status.set_defaults(function=_status)

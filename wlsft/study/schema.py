@@ -23,8 +23,9 @@ from ..datasets.corpora import CORPORA, check_corpus, corpus_fingerprint
 from ..datasets.emojishift import emojishift_version
 from ..datasets.labelled import SUITES
 from ..datasets.suites import check_suite, suite_fingerprint
-from ..flyp import FLYP, L2SP
+from ..flyp import CLIP, FLYP, L2SP, LiT
 from ..lp_ft import FT, LP, LPFT
+from ..models.encoders import split_encoder
 from ..models.image_text import is_image_text
 from ..models.loop import finetune
 from ..train import METHODS, WLSFT, Method
@@ -41,7 +42,7 @@ def keywords(
     return found
 
 # %% ../../nbs/study/schema.ipynb #d074a4d8
-BUILT_IN = (WLSFT, LP, FT, LPFT, FLYP, L2SP)  # importing a method registers it
+BUILT_IN = (WLSFT, LP, FT, LPFT, FLYP, L2SP, CLIP, LiT)  # importing a method registers it
 _NOT_CHOSEN = ("seed", "views", "checkpoint")  # keywords of `finetune` that the runner fills in
 _SOURCES: dict[str, dict[str, Any]] = {
     "corpus": dict(corpus="emojishift-keywords", n_pairs=0),
@@ -101,7 +102,7 @@ def _check_source(params: dict[str, Any], method: Method) -> None:
         check_corpus(params["corpus"])
     else:
         check_suite(params["suite"])
-    if method.needs == "image-text" and not is_image_text(params["encoder"]):
+    if method.needs == "image-text" and not is_image_text(split_encoder(params["encoder"])[0]):
         allowed = "clip_openclipart, or a model of open_clip"
         raise ParameterError(
             f"encoder = {params['encoder']!r} has no text tower; {method.name} needs {allowed}"
@@ -165,11 +166,11 @@ def _sha256(path: Path, changed: int) -> str:
 
 
 def data_digest(
-    encoder: str,  # its name, or NAME=FILE
+    encoder: str,  # its name, see `split_encoder`
     root: str | Path = "",  # see `data_folder`
 ) -> str:
     "A short hash of the shipped tables' checksums and of the encoder's file, if it is shipped or named."
-    name, _, path = encoder.partition("=")
+    name, path, *_ = split_encoder(encoder)
     weights = Path(path) if path else shipped_file(f"encoders/{name}.safetensors", root)
     hashed = _sha256(weights, weights.stat().st_mtime_ns) if weights.is_file() else ""
     return digest([emojishift_version(root), hashed])

@@ -17,6 +17,7 @@ from ..core.hashing import code_digest, digest
 from ..datasets.base import Suite
 from ..evaluation.alpha_features import alpha_features
 from ..knn_eval import required_rows
+from ..models.base import Encoder
 from ..models.features import extract_features_to
 from .runs import Run
 
@@ -70,12 +71,21 @@ def _embed(plan: SweepPlan, alphas: list[float], rows: torch.Tensor, path: Path 
     return found
 
 # %% ../../nbs/study/sweep_features.ipynb #0424dfdc
+def _search_device(encoder: Encoder, images: int) -> torch.device:
+    "The encoder's device if it has room for three copies of an alpha's features, otherwise the CPU."
+    device = next(encoder.parameters()).device
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if 3 * 4 * images * encoder.num_features < free else torch.device("cpu")
+
+
 def sweep_features(
     plan: SweepPlan,
     path: Path | None,  # where features are kept, .npy; None: nowhere
     **embedding: Any,  # `bf16` and `max_feature_error`, see `alpha_features`
 ) -> Callable[[float], torch.Tensor]:
-    "alpha -> features aligned with `suite.images`, of which the needed rows are filled."
+    "alpha -> features aligned with `suite.images`, needed rows filled, where the search is fastest."
     suite, alphas = plan.suite, plan.alphas
     ends = [alpha for alpha in alphas if plan.everything_at(alpha)]
     use = required_rows(suite, *plan.sets_and_banks(0.5))
@@ -86,11 +96,13 @@ def sweep_features(
     exact = {**embedding, "max_feature_error": 0.0}
     more = _embed(plan, ends, rest, ends_path, **exact) if len(rest) else None
 
+    device = _search_device(plan.run.encoder, len(suite.images))
+
     def at(alpha: float) -> torch.Tensor:
-        out = torch.zeros(len(suite.images), plan.run.encoder.num_features)
-        out[use] = main[alphas.index(alpha)]
+        out = torch.zeros(len(suite.images), plan.run.encoder.num_features, device=device)
+        out[use] = main[alphas.index(alpha)].to(device)
         if more and alpha in ends:
-            out[rest] = more[ends.index(alpha)]
+            out[rest] = more[ends.index(alpha)].to(device)
         return out
 
     return at
