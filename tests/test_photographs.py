@@ -18,7 +18,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from wlsft.datasets.corpora import imagenet_ids
+from wlsft.datasets.folders import imagenet_ids
 from wlsft.datasets.suites import load_suite, write_checksums
 from wlsft.evaluation.stats import bootstrap_table, ood_sets, select_lr, selected_changes
 from wlsft.models.encoders import load_encoder

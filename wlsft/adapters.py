@@ -99,8 +99,9 @@ class Full(Adapter):
     def attach(self, encoder, images=None, seed=0):
         if self.blocks:
             names = site_names(encoder, self.blocks)
-            vit = is_vit_block(encoder.get_submodule(names[0]))
-            self.prefixes = tuple(f"{name if vit else stage_of(encoder, name)}." for name in names)
+            if not is_vit_block(encoder.get_submodule(names[0])):
+                names = [stage_of(encoder, name) for name in names]
+            self.prefixes = tuple(f"{name}." for name in names)
         return encoder
 
     def trains(self, key):
@@ -161,6 +162,13 @@ def film_targets(
     return found
 
 # %% ../nbs/01_adapters.ipynb #eccbb733
+def _remove_film(slot: Any) -> None:
+    del slot.film
+    for handle, hook in list(slot._forward_hooks.items()):
+        if hook is _apply_film:
+            del slot._forward_hooks[handle]
+
+# %% ../nbs/01_adapters.ipynb #789f5774
 @register_adapter
 class FiLM(Adapter):
     "A scale and a shift after every norm of the chosen blocks; folds into the norms."
@@ -199,10 +207,7 @@ class FiLM(Adapter):
                 continue
             norm.weight.mul_(slot.film.gamma)
             norm.bias.mul_(slot.film.gamma).add_(slot.film.beta)
-            del slot.film
-            for handle, hook in list(slot._forward_hooks.items()):
-                if hook is _apply_film:
-                    del slot._forward_hooks[handle]
+            _remove_film(slot)
         return encoder
 
 # %% ../nbs/01_adapters.ipynb #2cff48ed

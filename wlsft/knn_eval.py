@@ -112,6 +112,12 @@ def _rows_in_bank(
     return row[queries] if (row[queries] >= 0).any() else None
 
 # %% ../nbs/04_knn_eval.ipynb #04dea251
+def _main_k(suite: Suite, name: str, bank: str, ks: Sequence[int]) -> int:
+    "The k whose single predictions are kept."
+    wanted = suite.own_k.get(name, _MAIN_K) if bank == "own" else _MAIN_K
+    return wanted if wanted in ks else max(ks)
+
+# %% ../nbs/04_knn_eval.ipynb #605d562a
 def _set_rows(
     features: torch.Tensor,  # see `knn_rows`
     suite: Suite,
@@ -125,12 +131,10 @@ def _set_rows(
     queries = suite.sets[name]
     members = suite.banks[bank][name]
     exclude = _rows_in_bank(queries, members, len(suite.images))
-    available = len(members) - (exclude is not None)
-    ks = [k for k in ks if k <= available]
+    ks = [k for k in ks if k <= len(members) - (exclude is not None)]
     if not ks:
         return []
-    wanted = suite.own_k.get(name, _MAIN_K) if bank == "own" else _MAIN_K
-    main_k = wanted if wanted in ks else max(ks)
+    main_k = _main_k(suite, name, bank, ks)
     classes = len(suite.classes)
     class_of = suite.class_map.get(name, torch.arange(classes))[suite.labels]
     cosines, found = knn(features[queries], _select(features, members), max(ks), exclude)

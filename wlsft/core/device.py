@@ -59,17 +59,17 @@ def _claim(names: list[str], count: int, folder: Path) -> dict[str, IO]:
             f.close()
     if len(held) == count:
         return held
-    for f in held.values():
-        f.close()
+    for taken in held.values():
+        taken.close()
     return {}
 
-
+# %% ../../nbs/core/device.ipynb #f8f9d097
 @contextlib.contextmanager
 def claimed_gpus(
     count: int,  # how many; 0: none is looked for
     wait: float = 1.0,  # seconds between two looks
 ) -> Iterator[dict[str, str]]:  # environment for commands: `CUDA_VISIBLE_DEVICES`
-    "Hold GPUs that no other job of this user has, waiting for them. Raises `ParameterError` if there are fewer."
+    "Hold GPUs that no other job of this user has, or wait. Raises `ParameterError` if there are fewer."
     if not count:
         yield {}
         return

@@ -134,7 +134,7 @@ def _fmow_table(base: Path) -> pd.DataFrame:
         regions = pd.read_csv(base / "country_code_mapping.csv").set_index("alpha-3").region
     return table.assign(year=year, region=table.country_code.map(regions).fillna("").replace("Other", ""))
 
-
+# %% ../../nbs/datasets/benchmarks.ipynb #d5661c5b
 def _fmow_set(base: Path, table: pd.DataFrame, chosen: pd.Series, names: list[str]) -> LabelledSet:
     "The chosen rows as a set. Groups are countries; `worst_group` is over regions."
     rows = table[chosen]
@@ -147,7 +147,7 @@ def _fmow_set(base: Path, table: pd.DataFrame, chosen: pd.Series, names: list[st
 def _fmow_names(table: pd.DataFrame) -> list[str]:
     return sorted(table.category[table.split != "seq"].unique())
 
-
+# %% ../../nbs/datasets/benchmarks.ipynb #02b8e5c0
 _EARLY = range(2002, 2013)  # ID in WILDS
 _LATE = range(2016, 2018)
 
@@ -165,7 +165,7 @@ def _fmow(root: Path) -> tuple:
     sets = {"id-val": read("val", _EARLY), "id-test": read("test", _EARLY), "fmow-ood": read("test", _LATE)}
     return [name.replace("_", " ") for name in names], read("train", _EARLY), sets
 
-
+# %% ../../nbs/datasets/benchmarks.ipynb #fec38d87
 @register_suite("fmow-geo")
 def _fmow_geo(root: Path) -> tuple:
     "FMoW's early years: ID is the Americas, OOD are Africa and Europe (Kumar et al. 2022)."

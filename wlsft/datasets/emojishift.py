@@ -117,6 +117,7 @@ def emojishift_suite(
         own[style] = own[f"{style}/seen"] = _rows(table, [style], "train")
     own |= {name: sets[name] for name in FAR_SETS}
     mixed = _rows(table, ID_STYLES + OOD_STYLES, "train")
+    spelled = tuple(name.replace("-", " ") for name in emoji.classes)  # they are called food-fruit
     return Suite(
         "emojishift",
         emoji.images,
@@ -127,7 +128,7 @@ def emojishift_suite(
         shift={name: _shift_of(name) for name in sets},
         banks={"id": dict.fromkeys(sets, sets["id-train"]), "own": own, "mixed": dict.fromkeys(sets, mixed)},
         own_k={"clipart": 10, "photographs": 5},
-        spelled=tuple(name.replace("-", " ") for name in emoji.classes),  # classes are called food-fruit
+        spelled=spelled,
     )
 
 # %% ../../nbs/00_data.ipynb #e0000008

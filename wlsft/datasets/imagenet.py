@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .base import DataError
-from .corpora import class_files, imagenet_ids
+from .folders import class_files, imagenet_ids
 from .images import FileSource
 from .labelled import LabelledSet, expect, image_folder, register_suite
 
@@ -48,7 +48,7 @@ def _there(root: Path, folders: dict[str, str]) -> dict[str, str]:
         warnings.warn(f"suite without {where}: no such folder", stacklevel=2)
     return {name: folder for name, folder in folders.items() if name not in missing}
 
-
+# %% ../../nbs/datasets/imagenet.ipynb #4c81ec45
 def _class_folders(folder: Path, label: dict[str, int]) -> LabelledSet:
     "`image_folder`, with the cure for ImageNet's validation images as they are distributed, without classes."
     if folder.is_dir() and any(folder.glob("*.JPEG")):
@@ -56,7 +56,7 @@ def _class_folders(folder: Path, label: dict[str, int]) -> LabelledSet:
         raise DataError(f"{folder} holds images without class folders; sort them first, as by {script}")
     return image_folder(folder, label)
 
-
+# %% ../../nbs/datasets/imagenet.ipynb #4afe810d
 @register_suite("imagenet")
 def _imagenet(root: Path) -> tuple:
     "ImageNet-1k with those of V2, R, A and Sketch that are there."

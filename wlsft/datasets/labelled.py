@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from .base import DataError, Suite
-from .corpora import class_files, is_validation
+from .folders import class_files, is_validation
 from .images import FileSource, ImageFiles, ImageSource
 
 # %% ../../nbs/datasets/labelled.ipynb #93be9e20
@@ -100,7 +100,7 @@ def _join(parts: Sequence[LabelledSet], size: int, crop: float, how: dict) -> tu
     all_labels = torch.from_numpy(np.concatenate(labels))
     return functools.reduce(operator.add, files), all_labels, np.concatenate(groups), rows
 
-
+# %% ../../nbs/datasets/labelled.ipynb #7318db13
 def _regions(parts: Sequence[LabelledSet]) -> np.ndarray | None:
     "Groups of `worst_group` for all parts end to end; None where no part has its own."
     if all(part.regions is None for part in parts):
@@ -120,6 +120,12 @@ def _class_maps(parts: dict[str, LabelledSet]) -> dict[str, torch.Tensor]:
     return maps
 
 # %% ../../nbs/datasets/labelled.ipynb #17f1cfae
+def _shift(sets: Iterable[str]) -> dict[str, str]:
+    "Sets whose name begins with `id-` are ID, the others OOD."
+    shift = dict.fromkeys(sets, "OOD")
+    return shift | {s: "ID" for s in shift if s.startswith("id-")}
+
+# %% ../../nbs/datasets/labelled.ipynb #677b80fa
 def build_suite(
     name: str,  # of the suite
     classes: list[str],  # names in the order of the labels, as they are read
@@ -143,10 +149,8 @@ def build_suite(
         own = zip(trains, rows[1 + len(parts) :])
         banks["own"] = {s: _known(train_rows, labels, class_map.get(s)) for s, train_rows in own}
     _check_not_empty(name, sets, banks["id"])
-    shift = dict.fromkeys(sets, "OOD")
-    shift.update({s: "ID" for s in sets if s.startswith("id-")})
     regions = _regions(everything)
-    return Suite(name, files, labels, groups, classes, sets, shift, banks, class_map, groups=regions)
+    return Suite(name, files, labels, groups, classes, sets, _shift(sets), banks, class_map, groups=regions)
 
 # %% ../../nbs/datasets/labelled.ipynb #4c0613c9
 def _known(rows: torch.Tensor, labels: torch.Tensor, class_map: torch.Tensor | None) -> torch.Tensor:

@@ -18,7 +18,8 @@ from ..core.hashing import digest
 from ..core.params import check_choice
 from .base import DataError, Suite, data_folder
 from .benchmarks import CIFAR10_SIZES
-from .corpora import class_files, is_custom
+from .corpora import is_custom
+from .folders import class_files
 from .emojishift import emojishift_suite, emojishift_version, load_emojishift
 from .imagenet import IMAGENET_SIZES
 from .images import file_stamp, images_digest

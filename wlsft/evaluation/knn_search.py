@@ -45,8 +45,8 @@ def _exact_topk(
 
 # %% ../../nbs/evaluation/knn_search.ipynb #57f65d4f
 def _merge(
-    old: tuple[torch.Tensor, torch.Tensor] | None,  # similarities and bank rows (N, k), or nothing yet
-    new: tuple[torch.Tensor, torch.Tensor],  # the same; its bank rows are all higher
+    old: tuple[torch.Tensor, torch.Tensor] | None,  # similarities and bank rows (N, k)
+    new: tuple[torch.Tensor, torch.Tensor],  # the same; all rows are higher
     k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "The k best of two lists, by similarity and then the lower bank row."
@@ -88,16 +88,16 @@ def knn_search(
     query: torch.Tensor,  # float (N, D)
     bank: torch.Tensor,  # float (B, D)
     k: int,  # neighbours, at most B
-    exclude: torch.Tensor | None = None,  # int (N,): bank row not to be found, -1 for none
+    exclude: torch.Tensor | None = None,  # int (N,): bank row not to find, -1 for none
     chunk_bytes: int = 128 * 2**20,  # memory for one chunk of similarities
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (N, k), falling; bank rows (N, k)
-    "The k most similar bank rows of each query by cosine; ties go to the lower row."
+    "The k most similar bank rows by cosine; ties go to the lower row."
     check_range("k", k, 1, len(bank) - (exclude is not None), integer=True)
     query = F.normalize(_check_finite(query, "query").float(), dim=1)
     bank_rows = max(k, chunk_bytes // (8 * bank.shape[1]))  # of a chunk
     query_rows = max(1, chunk_bytes // (8 * min(bank_rows, len(bank))))
     best: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for low in range(0, len(bank), bank_rows):  # a mapped bank is never in memory as a whole
+    for low in range(0, len(bank), bank_rows):
         part = bank[low : low + bank_rows].to(query.device).float()
         part = F.normalize(_check_finite(part, "bank", low), dim=1)
         for start in range(0, len(query), query_rows):
@@ -127,10 +127,10 @@ def _rescore(
     query: torch.Tensor,  # float32 (n, D), unit vectors
     bank: torch.Tensor,  # float32 (B, D)
     lengths: torch.Tensor,  # float32 (B,), of the bank's rows
-    candidates: torch.Tensor,  # int64 (n, width), rows of the bank, rising; beyond its last row for none
+    candidates: torch.Tensor,  # int64 (n, width), bank rows, rising; beyond the last for none
     k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (n, k), falling; bank rows (n, k)
-    "Among some candidates."
+    "By exact cosines."
     real = candidates < len(bank)
     starts = F.pad(real.sum(1).cumsum(0), (1, 0))
     empty = torch.zeros(int(starts[-1]), device=query.device)
@@ -210,8 +210,8 @@ def _part(exclude: torch.Tensor | None, rows: slice | torch.Tensor) -> torch.Ten
 @torch.inference_mode()
 def knn_bf16(
     query: torch.Tensor,  # float32 (N, D)
-    bank: torch.Tensor,  # float32 (B, D); it is not copied
-    k: int,  # neighbours; a small part of B
+    bank: torch.Tensor,  # float32 (B, D)
+    k: int,  # neighbours
     exclude: torch.Tensor | None = None,  # see `knn_search`
     chunk: int = 8192,  # bank rows at a time, and queries in a block
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (N, k), falling; bank rows (N, k)
@@ -242,16 +242,14 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 
 def knn(
-    query: torch.Tensor,  # float (N, D), on the device that searches
-    bank: torch.Tensor,  # float (B, D), there or elsewhere
+    query: torch.Tensor,  # float (N, D), where the search runs
+    bank: torch.Tensor,  # float (B, D)
     k: int,  # neighbours, at most B
     exclude: torch.Tensor | None = None,  # see `knn_search`
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (N, k), falling; bank rows (N, k)
     "By `knn_bf16` where it pays."
     query = query.float()
     exclude = None if exclude is None else exclude.to(query.device)
-    large = bank.dtype == torch.float32 and len(bank) >= 16_384 and 32 * k <= len(bank)
-    search = (
-        knn_bf16 if large and bank.device == query.device and _multiplies_bf16(query.device) else knn_search
-    )
-    return search(query, bank, k, exclude)
+    fast = _multiplies_bf16(query.device) and bank.device == query.device and bank.dtype == torch.float32
+    large = len(bank) >= 16_384 and 32 * k <= len(bank)
+    return (knn_bf16 if fast and large else knn_search)(query, bank, k, exclude)

@@ -48,7 +48,7 @@ def _load_checkpoint(path: str | Path) -> Any:
     except Exception as e:
         raise DataError(f"{path} cannot be read as weights ({_why_unreadable(path, e)})") from e
 
-
+# %% ../../nbs/models/encoders.ipynb #04bfeaa9
 _PREFIXES = ("backbone.", "encoder_q.", "base_encoder.")  # of DINO, MoCo v2 and MoCo v3
 
 
@@ -80,7 +80,7 @@ def _without_head(weights: dict[str, torch.Tensor], model: Any) -> dict[str, tor
     state = model.state_dict()
     return {k: v for k, v in weights.items() if k in state or not k.startswith(heads)}
 
-
+# %% ../../nbs/models/encoders.ipynb #204104c1
 def _resampled_positions(weights: dict[str, torch.Tensor], model: Any) -> list[str]:
     "A phrase for every table of positions whose grid is not the model's."
     extra = getattr(model, "num_prefix_tokens", 1)  # some files have rows for class token and registers
@@ -94,7 +94,7 @@ def _resampled_positions(weights: dict[str, torch.Tensor], model: Any) -> list[s
             bad.append(f"{key} is {tuple(found.shape)}, not {tuple(own.shape)}")
     return bad
 
-
+# %% ../../nbs/models/encoders.ipynb #3b6f704d
 def _mismatches(state: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> list[str]:
     "A phrase for every key or shape of the weights that does not fit the model's state."
     bad = [f"{k} missing" for k in state if k not in weights]
@@ -117,7 +117,7 @@ def _warn_of_dino(name: str, path: str | Path) -> None:
             stacklevel=2,
         )
 
-
+# %% ../../nbs/models/encoders.ipynb #d6986e48
 def _from_file(name: str, path: str | Path) -> Encoder:
     "timm's `name` with the weights of a file. Raises `DataError` listing what does not fit."
     import timm
@@ -209,7 +209,7 @@ def _owners_evaluation(kind: str) -> dict[str, Any] | None:
 
 
 def _set_pool(model: Any, pool: str, name: str) -> None:
-    "Pool tokens in another way; norms stay where they are. Raises `ParameterError` where that is impossible."
+    "Pool in another way; norms stay. Raises `ParameterError` where that is impossible."
     check_choice("global_pool", pool, POOLS)
     try:
         model.reset_classifier(0, pool)
@@ -243,7 +243,7 @@ def _pretrained(kind: str, path: str, root: str | Path) -> Any:
         raise _unknown_encoder(kind)
     return load_image_text(kind, root)
 
-
+# %% ../../nbs/models/encoders.ipynb #b7dd0709
 def load_encoder(
     name: str,  # a shipped encoder, a timm model, MODEL=FILE, or an image-text model (`models/image_text`)
     root: str | Path = "",  # see `data_folder`

@@ -22,7 +22,8 @@ from ..core.distributed import local_slice, rank_and_world, run_once
 from ..core.files import atomic_write, preallocate, progress, write_json
 from ..core.hashing import digest, weights_digest
 from ..datasets.base import DataError
-from ..datasets.images import ImageFiles, check_readable, image_batches, images_digest
+from ..datasets.images import ImageFiles, image_batches, images_digest
+from ..datasets.readable import check_readable
 from .base import Encoder, preprocess
 
 # %% ../../nbs/models/features.ipynb #c8e5e3e0

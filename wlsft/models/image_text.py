@@ -185,7 +185,7 @@ def _open_clip(kind: str, tag: str) -> ImageText:
     cfg["fill"] = (shape["fill_color"] / 255,) * 3
     return ImageText(clip, open_clip.get_tokenizer(kind), cfg, width)
 
-
+# %% ../../nbs/models/image_text.ipynb #a1c3b122
 def load_image_text(
     name: str,  # `clip_openclipart`; open_clip's MODEL/TAG or MODEL/FILE; `local-dir:FOLDER` or `hf-hub:NAME`
     root: str | Path = "",  # see `data_folder`

@@ -174,7 +174,7 @@ def check_sites(
     encoder: Encoder,  # a timm model
     names: Sequence[str],  # sites
 ) -> None:
-    "Raise `ParameterError` unless one pass enters every site once: (N, T, D) at a ViT block, else (N, D, H, W)."
+    "Raise `ParameterError` unless each site is entered once: by (N, T, D) at a ViT block, else (N, D, H, W)."
     entered: dict[str, list[int]] = {name: [] for name in names}
 
     def note(name, module, args):

@@ -112,7 +112,7 @@ def _objective(learner: _Learner, labels: torch.Tensor, method: Method) -> Objec
     if not isinstance(method, FLYP):
         return class_objective(cast(nn.Linear, learner.head), labels)
     tokens = prompt_tokens(learner.model, learner.names, learner.templates)
-    return flyp_objective(learner.model, labels, tokens, collisions=method.collisions)
+    return flyp_objective(learner.model, labels, tokens, collisions=method.options["collisions"])
 
 # %% ../../nbs/reports/few_shot.ipynb #216abfed
 def _validation_loss(learner: _Learner, classifier: Head, images, labels: torch.Tensor) -> float:

@@ -32,7 +32,15 @@ from .plan import Job, study_plan
 from .runs import Run, load_run, run_between, train_run
 from .schema import all_parameters, runs_folder
 from .status import folder_size, is_active, prunable, required_runs, study_status
-from .sweep import SWEEP, alpha_sweep, resolve_sweep, suite_of, sweep_name, write_rows
+from wlsft.study.sweep import (
+    SWEEP,
+    alpha_sweep,
+    readable_suite,
+    resolve_sweep,
+    suite_of,
+    sweep_name,
+    write_rows,
+)
 from ..train import METHODS
 
 # %% ../../nbs/study/cli.ipynb #24f1001b
@@ -125,7 +133,7 @@ def _curve(rows: pd.DataFrame) -> pd.DataFrame:
     order = list(dict.fromkeys(kept["set"]))
     return kept.pivot(index="alpha", columns="set", values="value")[order].round(1).reset_index()
 
-
+# %% ../../nbs/study/cli.ipynb #299c4d89
 def _sweep(args: argparse.Namespace) -> None:
     p = resolve_sweep(_given(args) | (dict(suite=args.suite) if args.suite else {}))
     name = sweep_name(p, args.data)
@@ -134,10 +142,12 @@ def _sweep(args: argparse.Namespace) -> None:
     run.encoder.to(get_device(args.device))
     out = Path(args.out) if args.out else runs_folder(args.runs) / run.name / f"rows-{name}.parquet"
     alphas = [step / p["alpha_steps"] for step in range(p["alpha_steps"] + 1)]
-    options = {key: value for key, value in p.items() if key not in ("suite", "alpha_steps", "stride")}
+    own = ("suite", "alpha_steps", "stride", "unreadable")  # not of `alpha_sweep`
+    options = {key: value for key, value in p.items() if key not in own}
     first = rank_and_world()[0] == 0
     with file_lock(out.with_name(f"sweep-{name}.lock")) if first else contextlib.nullcontext():
         suite = suite_of(run, p["suite"], args.data).thin(p["stride"], bank=p["stride"])
+        suite = readable_suite(suite) if p["unreadable"] == "skip" else suite
         cache = args.cache or runs_folder(args.runs) / "cache"
         rows = alpha_sweep(run, suite, alphas, cache=cache, **options)
         if first:

@@ -100,7 +100,7 @@ def _train(p: dict[str, Any], folder: Path, root: str | Path, device: torch.devi
 
 # %% ../../nbs/study/runs.ipynb #cea7668c
 def _peak_memory_mb() -> int:
-    "Peak memory of this process; 0 on Windows, which does not tell."
+    "0 on Windows."
     try:
         import resource
     except ModuleNotFoundError:
@@ -255,17 +255,17 @@ def _rebuild(name: str, info: dict, saved: dict, root: str | Path) -> Run:
 # %% ../../nbs/study/runs.ipynb #4de6607d
 def run_between(
     start: str,  # an encoder, at alpha = 0
-    end: str,  # another of the same architecture, at alpha = 1
+    end: str,  # one at alpha = 1
     root: str | Path = "",  # see `data_folder`
 ) -> Run:
-    "A run between two encoders (see `load_encoder`). Raises `DataError` if their tensors differ in name or shape."
+    "A run between two encoders. Raises `DataError` if their tensors differ in name or shape."
     encoder = load_encoder(start, root)
     other = load_encoder(end, root)
     theta_0, theta_1 = _clone(encoder), _clone(other)
     try:
         check_same_layout(theta_0, theta_1)
     except ParameterError as error:
-        raise DataError(f"{start} and {end} are not of one architecture: {error}") from error
+        raise DataError(f"{start} and {end} have not one architecture: {error}") from error
     method = "FLYP" if isinstance(encoder, ImageText) else "WLSFT"
     digests = [weights_digest(encoder), weights_digest(other)]
     kinds = [re.sub(r"\W+", "-", split_encoder(name)[0]) for name in (start, end)]

@@ -8,7 +8,7 @@ __all__ = ['SCORERS', 'SWEEP', 'Point', 'register_scorer', 'resolve_sweep', 'swe
 
 # %% ../../nbs/study/sweep.ipynb #87d705ef
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from ..core.distributed import rank_and_world
 from ..core.files import atomic_write, progress
 from ..core.hashing import code_digest, digest
 from ..core.params import check_choice, check_parameters, check_values, fill_defaults
-from ..datasets.base import DataError, Suite
+from ..datasets.base import DataError, Suite, without
 from ..datasets.corpora import default_suite
-from ..datasets.images import unreadable as unreadable_images
+from ..datasets.readable import unreadable as unreadable_images
 from ..datasets.suites import check_suite, load_suite, suite_fingerprint
 from ..evaluation.distortion import distortion_rows, held_out_features
 from ..evaluation.metrics import METRICS
@@ -116,6 +116,7 @@ def resolve_sweep(
         check_choice("scorers", name, SCORERS)
     for name in p["metrics"]:
         check_choice("metrics", name, METRICS)
+    check_choice("unreadable", p["unreadable"], ("refuse", "skip"))
     if p["suite"]:
         check_suite(p["suite"])
     return p
@@ -151,37 +152,39 @@ def suite_of(
 # %% ../../nbs/study/sweep.ipynb #577e599e
 def readable_suite(
     suite: Suite,  # images on disk
-) -> tuple[Suite, list[dict]]:  # without them; for each set one row with scorer `files`, metric `unreadable`
-    "A suite without the images that cannot be read. Raises `DataError` if a set or a bank loses all of its own."
+) -> Suite:  # without those that cannot be read; `left_out` counts them
+    "Raises `DataError` if a set loses all of its images."
     lost = [] if isinstance(suite.images, torch.Tensor) else list(unreadable_images(suite.images))
     if not lost:
-        return suite, []
-    rows = []
+        return suite
+    left_out = {}
     for name, queries in suite.sets.items():
-        n = int(torch.isin(queries, torch.tensor(lost)).sum())
+        left_out[name] = int(torch.isin(queries, torch.tensor(lost)).sum())
+        if left_out[name] == len(queries):
+            raise DataError(f"none of the {len(queries)} images of set {name} can be read")
+    return replace(without(suite, lost), left_out=left_out)
+
+
+def _left_out_rows(suite: Suite) -> list[pd.DataFrame]:
+    "A table with a row for each set, scorer `files`, metric `unreadable`, if a choice was made; else none."
+    rows = []
+    for name, count in suite.left_out.items():
         row = dict(scorer="files", bank="", layer="", k=0, temperature=0.0, set=name, split=suite.shift[name])
-        rows.append(row | dict(metric="unreadable", value=float(n), n=len(queries), alpha=0.0))
-        if n == len(queries):
-            raise DataError(f"none of the {n} images of set {name} can be read")
-    return suite.without(lost), rows
+        rows.append(row | dict(metric="unreadable", value=float(count), n=len(suite.sets[name]), alpha=0.0))
+    return [pd.DataFrame(rows)] if rows else []
 
-
+# %% ../../nbs/study/sweep.ipynb #88c8ae8c
 def alpha_sweep(
-    run: Run,  # from `load_run`; its encoder is evaluated where it is, and left at `theta_0`
+    run: Run,  # its encoder is evaluated where it is, and left at `theta_0`
     suite: Suite,  # see `suite_of`
     alphas: Sequence[float],  # each in [0, 1]
     scorers: Sequence[str] = ("knn", "head"),  # any of `SCORERS`
     metrics: Sequence[str] = ("accuracy",),  # any of `METRICS`
     all_banks: bool = False,  # at alpha 0 and 1, also the seen concepts and all banks
-    unreadable: str = "refuse",  # images that cannot be read; or `skip`, see `readable_suite`
-    cache: str | Path = "",  # a folder: a sweep continues there, and runs share features at alpha 0
+    cache: str | Path = "",  # a folder: sweeps continue there and share alpha 0
     **embedding: Any,  # `bf16` and `max_feature_error`, see `alpha_features`
 ) -> pd.DataFrame:  # rows without the column `study`
     "Rows of theta(alpha) for every alpha. Weights, mode and device of the encoder stay as they were."
-    check_choice("unreadable", unreadable, ("refuse", "skip"))
-    lost: list[dict] = []
-    if unreadable == "skip":
-        suite, lost = readable_suite(suite)
     metrics = list(dict.fromkeys([*metrics, *suite.metrics]))
     plan = SweepPlan(run, suite, [float(alpha) for alpha in alphas], all_banks)
     key = _cache_key(plan, scorers, metrics, embedding)
@@ -189,8 +192,7 @@ def alpha_sweep(
     if path and path.with_suffix(".parquet").is_file():
         return pd.read_parquet(path.with_suffix(".parquet"))
     features = sweep_features(plan, path, **embedding)
-    rows = _score(plan, features, scorers, metrics)
-    rows = _label(run, pd.concat([rows, pd.DataFrame(lost)]) if lost else rows)
+    rows = _label(run, pd.concat([_score(plan, features, scorers, metrics), *_left_out_rows(suite)]))
     if path and rank_and_world()[0] == 0:
         write_rows(rows, path.with_suffix(".parquet"))
         for leftover in path.parent.glob(f"{path.stem}*.npy"):

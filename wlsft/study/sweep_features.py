@@ -79,7 +79,7 @@ def _search_device(encoder: Encoder, images: int) -> torch.device:
     free, _ = torch.cuda.mem_get_info(device)
     return device if 3 * 4 * images * encoder.num_features < free else torch.device("cpu")
 
-
+# %% ../../nbs/study/sweep_features.ipynb #01f793c8
 def sweep_features(
     plan: SweepPlan,
     path: Path | None,  # where features are kept, .npy; None: nowhere
