@@ -1,5 +1,6 @@
 # make study    set up, then the whole default study -> figures/emojishift     (STUDY=grid SEEDS=3, DATA=/path, CORES=8,
-#               SET='{encoder: vit_base_patch16_224.dino=/path/file.pth}' in every run, PROCESSES=4 of torchrun a run, GPUS=1 a process)
+#               SET='{encoder: vit_base_patch16_224.dino=/path/file.pth}' in every run, GPUS=4 of this machine, PROCESSES=2 of torchrun
+#               and as many GPUs a run, MEM_MB=12000 for all runs together)
 # make status   what of the study is done, running or failed, and why, and disk use
 # make prune    what in runs/ no study and no table needs; DELETE=yes deletes it
 # make test     set up, then every test: the notebooks, then tests/
@@ -17,6 +18,7 @@ CORES  ?= all
 SET    ?=
 PROCESSES ?= 1
 GPUS   ?= 0
+MEM_MB ?= $(shell awk '/MemTotal/ {print int($$2 * 0.9 / 1024)}' /proc/meminfo 2>/dev/null || echo 16000)
 DELETE ?=
 VENV   := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -35,8 +37,9 @@ $(VENV)/.ready: settings.ini setup.py constraints.txt
 
 study: setup
 	snakemake --cores $(CORES) --quiet rules --rerun-triggers mtime --rerun-incomplete --keep-incomplete --keep-going --nolock \
-	  --resources gpu=$$(( $(GPUS) * $(PROCESSES) )) \
-	  --config study=$(STUDY) seeds=$(SEEDS) data="$(DATA)" processes=$(PROCESSES) gpus=$(GPUS) set="$(SET)"
+	  --resources gpu=$(GPUS) mem_mb=$(MEM_MB) \
+	  --config study=$(STUDY) seeds=$(SEEDS) data="$(DATA)" processes=$(PROCESSES) set="$(SET)" \
+	  mem_mb=$(MEM_MB) gpus=$(if $(filter-out 0,$(GPUS)),1,0) local_gpus=$(if $(filter-out 0,$(GPUS)),true,)
 	@echo "figures are in figures/$(STUDY)"
 
 status: setup

@@ -5,13 +5,15 @@
 import shlex
 
 import yaml
-from wlsft.study.plan import study_plan, write_plan
+from wlsft.study.plan import study_plan, sweep_resources, write_plan
 
 STUDY = config.get("study", "emojishift")
 DATA = str(config.get("data", "") or "")
 RUNS = str(config.get("runs", "") or "runs")
 PROCESSES = int(config.get("processes", 1))  # of torchrun, for each training run
 GPUS = int(config.get("gpus", 0))  # of each process; a scheduler is asked for them
+LOCAL_GPUS = bool(config.get("local_gpus"))  # no scheduler places jobs: each takes GPUs that no other job holds
+MEMORY = int(config.get("mem_mb", 0)) or 10**9  # of this machine; a job that asks for more gets all of it
 EVERYWHERE = config.get("set") or {}  # Snakemake has parsed it as YAML, or it is text
 EVERYWHERE = yaml.safe_load(EVERYWHERE) if isinstance(EVERYWHERE, str) else EVERYWHERE
 PLAN = study_plan(f"nbs/studies/{STUDY}.yaml", int(config.get("seeds", 1)), EVERYWHERE, DATA)  # (run, sweep) -> job
@@ -31,16 +33,26 @@ def places(device: str = "") -> str:
     return " ".join(f"--{name} {shlex.quote(value)}" for name, value in chosen.items() if value)
 
 
+def launcher() -> str:
+    claim = f"wlsft with-gpus {GPUS * PROCESSES} " if LOCAL_GPUS and GPUS else ""
+    return claim + (f"torchrun --standalone --nproc_per_node {PROCESSES} --no-python " if PROCESSES > 1 else "")
+
+
 def train_command(run: str) -> str:
-    launcher = f"torchrun --standalone --nproc_per_node {PROCESSES} --no-python " if PROCESSES > 1 else ""
-    return f"{launcher}wlsft train {parameters(RUN[run].params)} {places(RUN[run].device)}"
+    return f"{launcher()}wlsft train {parameters(RUN[run].params)} {places(RUN[run].device)}"
 
 
 def sweep_command(run: str, rows: str, out: str) -> str:
     job = PLAN[run, rows]
     cache = f"--cache {RUNS}/cache/{rows} " if job.sweep["suite"] else ""
     flags = f"{parameters(job.sweep)} --study {STUDY} --out {shlex.quote(out)} {cache}"
-    return f"wlsft sweep {shlex.quote(run)} {flags}{places(job.device)}"
+    return f"{launcher()}wlsft sweep {shlex.quote(run)} {flags}{places(job.device)}"
+
+
+def needs(name: str):
+    "What a sweep needs of threads, memory or time, by the size of its suite."
+    most = MEMORY if name == "mem_mb" else 10**9
+    return lambda w: min(most, sweep_resources(PLAN[w.run, w.rows])[name])
 
 
 def report_flags() -> str:
@@ -70,7 +82,8 @@ rule train:
         progress=lambda w: f"{RUNS}/{w.run}/train.progress.json",
         omp=lambda w, threads: max(1, threads // PROCESSES),
     threads: PROCESSES
-    resources: mem_mb=4000 * PROCESSES, runtime=120, gpu=GPUS * PROCESSES
+    priority: 1  # before sweeps: a run that is trained last would be swept alone
+    resources: mem_mb=min(MEMORY, 4000 * PROCESSES), runtime=120, gpu=GPUS * PROCESSES
     shell: "OMP_NUM_THREADS={params.omp} WLSFT_QUIET=1 WLSFT_PROGRESS={params.progress:q} {params.command} > {log:q} 2>&1"
 
 
@@ -81,9 +94,10 @@ rule sweep:
     params:
         command=lambda w, output: sweep_command(w.run, w.rows, output[0]),
         progress=lambda w: f"{RUNS}/{w.run}/sweep-{w.rows}.progress.json",
-    threads: 1
-    resources: mem_mb=4000, runtime=120, gpu=GPUS
-    shell: "OMP_NUM_THREADS={threads} WLSFT_QUIET=1 WLSFT_PROGRESS={params.progress:q} {params.command} > {log:q} 2>&1"
+        omp=lambda w, threads: max(1, threads // PROCESSES),
+    threads: needs("threads")
+    resources: mem_mb=needs("mem_mb"), runtime=needs("runtime"), gpu=GPUS * PROCESSES
+    shell: "OMP_NUM_THREADS={params.omp} WLSFT_QUIET=1 WLSFT_PROGRESS={params.progress:q} {params.command} > {log:q} 2>&1"
 
 
 rule collect:
@@ -102,7 +116,7 @@ rule figures:
     output: f"figures/{STUDY}/alpha.png",
     log: f"{RUNS}/studies/{STUDY}/figures.log",
     params: executed=f"{RUNS}/studies/{STUDY}/figures.ipynb", flags=report_flags(),
-    resources: mem_mb=4000, runtime=30
+    resources: mem_mb=min(MEMORY, 4000), runtime=30
     shell: "wlsft notebook nbs/09_figures.ipynb {params.executed:q} {params.flags} > {log:q} 2>&1"
 
 
@@ -111,5 +125,5 @@ rule comparison:
     output: f"figures/{STUDY}/scatter.png",
     log: f"{RUNS}/studies/{STUDY}/comparison.log",
     params: executed=f"{RUNS}/studies/{STUDY}/comparison.ipynb", flags=report_flags(),
-    resources: mem_mb=4000, runtime=30
+    resources: mem_mb=min(MEMORY, 4000), runtime=30
     shell: "wlsft notebook nbs/reports/{REPORT}.ipynb {params.executed:q} {params.flags} > {log:q} 2>&1"
