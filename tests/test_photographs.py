@@ -26,6 +26,7 @@ from wlsft.models.features import extract_features
 from wlsft.reports.curves import figure_alpha, figure_sets
 from wlsft.reports.tables import compare_published
 from wlsft.study.plan import expand_study
+from wlsft.study.protocols import with_protocol
 from wlsft.study.runs import load_run, train_run
 from wlsft.study.sweep import SWEEP, alpha_sweep, suite_of
 
@@ -222,3 +223,15 @@ def test_the_graph_says_what_is_missing(tmp_path):
     (tmp_path / "encoders").mkdir()
     code, output = dry_run("study=cc20k", f"data={tmp_path}")
     assert code != 0 and "expected: the files of cc20k" in output
+
+
+def test_flyp_on_imagenet(data, tmp_path):
+    "ImageNet's list names two missiles and two sunglasses; the authors' settings, but for time."
+    prompts = tmp_path / "templates.txt"
+    prompts.write_text("a photo of a {}.\n")
+    params = dict(protocol="flyp", method="FLYP", suite="imagenet", batch_size=8, epochs=1)
+    params = with_protocol(params | dict(templates=str(prompts)))
+    run = load_run(train_run(params, tmp_path, data), tmp_path, data)
+    assert run.info["parameters"]["decay_all"] and run.info["parameters"]["views"] == "crop"
+    rows = alpha_sweep(run, suite_of(run, root=data), [0], ["head"])
+    assert rows[rows.metric == "accuracy"]["set"].nunique() == 6

@@ -11,7 +11,8 @@ from wlsft.adapters import FiLM, Full, TokenReplay, adapt
 from wlsft.datasets.base import DataError, PairCorpus
 from wlsft.evaluation.probe import ridge_regression
 from wlsft.models.features import extract_features
-from wlsft.models.loop import Batch, checkpointed, finetune, make_optimizer, train_step
+from wlsft.models.loop import Batch, checkpointed, finetune, train_step
+from wlsft.models.optimizer import make_optimizer
 from wlsft.models.text import TextEmbeddings
 from wlsft.train import PairHead, consistency_penalty, pair_objective
 

@@ -9,7 +9,7 @@ __all__ = ['Head', 'METHODS', 'PairHead', 'pair_objective', 'consistency_penalty
 # %% ../nbs/03_train.ipynb #2e6fd2c0
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,18 @@ from torch import nn
 from .adapters import Adapter
 from .core.params import ParameterError, check_choice, check_range
 from .datasets.base import PairCorpus, Suite
-from .datasets.captions import PHOTO_AUGMENTATION
 from .datasets.corpora import load_pairs
 from .datasets.emojishift import EMOJISHIFT_CORPORA
 from .datasets.images import ImageFiles
 from .datasets.suites import load_suite
+from .datasets.training_views import training_views
 from .evaluation.probe import ridge_regression
 from .losses import COLLISIONS, block_outputs, collision_arguments, contrastive_loss, replay_consistency
 from .models.base import Encoder, input_options
 from .models.features import cached_features
 from .models.image_text import is_text_parameter
-from .models.loop import SCALE_BOUNDS, Objective, finetune
+from .models.loop import Objective, finetune
+from .models.optimizer import SCALE_BOUNDS
 from .models.text import TextEmbeddings, embed_texts, prompt_templates
 
 # %% ../nbs/03_train.ipynb #0a0a455c
@@ -103,6 +104,7 @@ class Sources:
     corpus: str = ""  # a pair corpus, for methods that read one
     suite: str = ""  # a suite, for methods that read labels
     n_pairs: int = 0  # pairs of a corpus on disk; 0: as many as its name says
+    views: str = "own"  # of a suite's images, see `training_views`
     seed: int = 0  # of the order of pairs, of random heads
     root: str | Path = ""  # see `data_folder`
     cache: str | Path = ""  # folder of decoded images and embedded texts
@@ -234,15 +236,13 @@ def load_training(
     suite: str,  # see `load_suite`
     encoder: Encoder,  # whose input size the images are decoded for
     root: str | Path = "",  # see `data_folder`
+    views: str = "own",  # see `training_views`
 ) -> tuple[
     Suite, torch.Tensor, torch.Tensor | ImageFiles, dict
 ]:  # suite, rows of its bank, their images, views
-    "A suite and its ID training images, larger than the input by what a centre crop would cut."
+    "A suite and its ID training images, as they are decoded to train."
     loaded = load_suite(suite, root, **input_options(encoder))
     rows = loaded.banks["id"]["id-test"]
     rows = rows[~torch.isin(rows, loaded.sets["id-val"])]
-    images = loaded.images[rows]
-    if isinstance(images, ImageFiles):
-        images = replace(images, size=round(images.size / 0.875), crop=1.0, crop_mode="center")
-    views = {} if suite == "emojishift" else PHOTO_AUGMENTATION
-    return loaded, rows, images, views
+    images, options = training_views(loaded.images[rows], views)
+    return loaded, rows, images, options

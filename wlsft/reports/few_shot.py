@@ -30,7 +30,8 @@ from ..flyp import FLYP, flyp_objective, prompt_tokens
 from ..lp_ft import FT, class_objective
 from ..models.features import extract_features
 from ..models.image_text import ImageText, zero_shot_head
-from ..models.loop import Batch, Objective, make_optimizer, train_step, warmup_cosine
+from ..models.loop import Batch, Objective, train_step
+from ..models.optimizer import make_optimizer, warmup_cosine
 from ..train import Head, Method
 
 # %% ../../nbs/reports/few_shot.ipynb #443e7029

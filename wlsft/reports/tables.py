@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORER_LABELS', 'Name', 'by_scorer', 'change_from_pretrained', 'seed_means', 'at_selected_alpha', 'format_interval',
-           'verdict', 'change_table', 'paired_difference', 'paired_differences', 'compare_published']
+           'verdict', 'change_table', 'paired_difference', 'paired_differences', 'compare_published', 'compare_wiseft']
 
 # %% ../../nbs/reports/tables.ipynb #bab2303a
 from collections.abc import Mapping
@@ -172,3 +172,29 @@ def compare_published(
     keys = zip(table.architecture.map(_DINO_ENCODERS), table.k, table.temperature)
     table = table.assign(ours=[accuracy.get(key, float("nan")) for key in keys])
     return table.drop_duplicates(["architecture", "k", "temperature"], ignore_index=True)
+
+# %% ../../nbs/reports/tables.ipynb #f1f478a3
+_WISEFT_SETS = {
+    "ImageNet": "id-test",
+    "ImageNetV2": "imagenet-v2",
+    "ImageNet-R": "imagenet-r",
+    "ImageNet-A": "imagenet-a",
+    "ImageNet-Sketch": "imagenet-sketch",
+    "ObjectNet": "objectnet",
+}
+_CLIP_B16 = ("ViT-B-16/openai", "ViT-B-16-quickgelu")
+
+
+def compare_wiseft(
+    rows: pd.DataFrame,  # from `read_rows`
+    published: pd.DataFrame,  # data/published/wiseft.csv
+) -> pd.DataFrame:  # dataset, alpha, published, source, ours
+    "WiSE-FT's accuracy along alpha (CLIP ViT-B/16) and, where the rows have it, our classifier's."
+    curve = published[(published.table == "Table 5") & (published.method == "WiSE-FT, end-to-end")]
+    curve = curve[curve.dataset.isin(_WISEFT_SETS)]
+    table = curve[["dataset", "alpha", "value", "source"]].rename(columns=dict(value="published"))
+    is_clip = rows.encoder.str.startswith(_CLIP_B16) & (rows.method == "FT")
+    ours = rows[is_clip & (rows.scorer == "head") & (rows.metric == "accuracy")]
+    accuracy = ours.groupby(["set", ours.alpha.round(2)]).value.mean()
+    keys = zip(table.dataset.map(_WISEFT_SETS), table.alpha.round(2))
+    return table.assign(ours=[accuracy.get(key, float("nan")) for key in keys]).reset_index(drop=True)

@@ -29,6 +29,7 @@ from ..datasets.base import DataError, data_folder
 from ..models.loop import finetune
 from .notebooks import parse_value, run_notebook
 from .plan import Job, study_plan
+from .protocols import with_protocol
 from .runs import Run, load_run, run_between, train_run
 from .schema import all_parameters, runs_folder
 from .status import folder_size, is_active, prunable, required_runs, study_status
@@ -109,7 +110,7 @@ def _join_processes(device: str) -> bool:
 def _train(args: argparse.Namespace) -> None:
     several = _join_processes(args.device)
     train = record(train_run) if several else train_run  # torchrun then reports the message of a rank
-    folder = train(_given(args), runs=args.runs, root=args.data, device=args.device)
+    folder = train(with_protocol(_given(args)), runs=args.runs, root=args.data, device=args.device)
     if rank_and_world()[0] == 0:
         print(folder)
     if several:
@@ -126,7 +127,7 @@ def _swept_run(args: argparse.Namespace) -> Run:
 
 
 def _curve(rows: pd.DataFrame) -> pd.DataFrame:
-    "Accuracy in percent by alpha and set, under the ID bank at the main k."
+    "k-NN accuracy by alpha and set."
     kept = rows[
         (rows.scorer == "knn") & (rows.bank == "id") & (rows.metric == "accuracy") & rows.correct.notna()
     ]

@@ -17,6 +17,7 @@ from ..core.params import ParameterError, check_choice, check_range
 from ..datasets.corpora import default_suite
 from ..datasets.suites import PUBLISHED_SIZES
 from .notebooks import parse_value
+from .protocols import with_protocol
 from .schema import parameters, resolve, run_name
 from .sweep import SWEEP, resolve_sweep, sweep_name
 
@@ -52,7 +53,7 @@ def _combinations(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _known(run: dict[str, Any]) -> set[str]:
     "Names of the parameters that a run and its sweep have."
-    return {*parameters(run.get("method", "WLSFT"), run.get("adapter", "")), *SWEEP, "device"}
+    return {*parameters(run.get("method", "WLSFT"), run.get("adapter", "")), *SWEEP, "device", "protocol"}
 
 
 def _parsed(value: Any) -> Any:
@@ -102,6 +103,7 @@ _SWEPT = {*SWEEP, "device"}  # names that are not a run's, unless its method has
 
 def _job(p: dict[str, Any], root: str | Path) -> Job:
     "Separate the parameters of a run and of its sweep, and check both. A suite may belong to both."
+    p = with_protocol(p)
     own = parameters(p.get("method", "WLSFT"), p.get("adapter", "")).keys()
     resolved = resolve({name: value for name, value in p.items() if name in own or name not in _SWEPT})
     whole = p.get("alpha_steps", SWEEP["alpha_steps"]) == SWEEP["alpha_steps"]

@@ -84,7 +84,7 @@ def _train(p: dict[str, Any], folder: Path, root: str | Path, device: torch.devi
     started = time.time()
     encoder = load_encoder(p["encoder"], root)
     pretrained = weights_digest(encoder)
-    names = ("corpus", "suite", "n_pairs", "seed")
+    names = ("corpus", "suite", "views", "n_pairs", "seed")
     given = {name: p[name] for name in names if name in p}
     sources = Sources(**given, root=root, cache=folder.parent / "cache")
     method, adapter, task = _prepare(p, encoder.to(device), sources)
@@ -258,7 +258,7 @@ def run_between(
     end: str,  # one at alpha = 1
     root: str | Path = "",  # see `data_folder`
 ) -> Run:
-    "A run between two encoders. Raises `DataError` if their tensors differ in name or shape."
+    "Raises `DataError` if their tensors differ in name or shape."
     encoder = load_encoder(start, root)
     other = load_encoder(end, root)
     theta_0, theta_1 = _clone(encoder), _clone(other)

@@ -46,7 +46,7 @@ BUILT_IN = (WLSFT, LP, FT, LPFT, FLYP, L2SP, CLIP, LiT)  # importing a method re
 _NOT_CHOSEN = ("seed", "views", "checkpoint")  # keywords of `finetune` that the runner fills in
 _SOURCES: dict[str, dict[str, Any]] = {
     "corpus": dict(corpus="emojishift-keywords", n_pairs=0),
-    "suite": dict(suite="emojishift"),
+    "suite": dict(suite="emojishift", views="own"),
 }
 
 
