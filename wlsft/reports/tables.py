@@ -191,7 +191,7 @@ def compare_wiseft(
 ) -> pd.DataFrame:  # dataset, alpha, published, source, ours
     "WiSE-FT's accuracy along alpha (CLIP ViT-B/16) and, where the rows have it, our classifier's."
     curve = published[(published.table == "Table 5") & (published.method == "WiSE-FT, end-to-end")]
-    curve = curve[curve.dataset.isin(_WISEFT_SETS)]
+    curve = curve[curve.dataset.isin(_WISEFT_SETS)].assign(alpha=lambda c: c.alpha.astype(float))
     table = curve[["dataset", "alpha", "value", "source"]].rename(columns=dict(value="published"))
     is_clip = rows.encoder.str.startswith(_CLIP_B16) & (rows.method == "FT")
     ours = rows[is_clip & (rows.scorer == "head") & (rows.metric == "accuracy")]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..core.files import is_locked
 from ..core.hashing import code_digest, digest
 from ..datasets.base import Suite
 from ..evaluation.alpha_features import alpha_features
@@ -45,11 +46,38 @@ def images_key(suite: Suite) -> list:
     return [suite.name, suite.version, list(suite.images.shape)]
 
 # %% ../../nbs/study/sweep_features.ipynb #a112ca5b
-def _pretrained_features(plan: SweepPlan, rows: torch.Tensor, folder: Path, bf16: bool) -> torch.Tensor:
-    "Features at alpha = 0, computed by the first run of this encoder that asks."
+def _pretrained_path(plan: SweepPlan, rows: torch.Tensor, folder: Path, bf16: bool) -> Path:
+    "Where the features at alpha = 0 are kept for all runs of this encoder."
     what = [plan.run.info["encoder_digest"], images_key(plan.suite), rows.tolist(), bf16]
-    path = folder / f"pretrained-{digest([*what, code_digest('study.sweep_features')])}.npy"
-    return extract_features_to(plan.run.encoder, plan.suite.images[rows], path, bf16=bf16)
+    return folder / f"pretrained-{digest([*what, code_digest('study.sweep_features')])}.npy"
+
+
+def _end_first(path: Path) -> bool:
+    "Is another run at work on alpha = 0? Then there is something else to do meanwhile."
+    return not path.is_file() and is_locked(path.with_name(f".{path.name}.lock"))
+
+# %% ../../nbs/study/sweep_features.ipynb #f6d8cb05
+def _embed_apart(
+    plan: SweepPlan, alphas: list[float], images, rows: torch.Tensor, path: Path, **embedding: Any
+) -> list[torch.Tensor]:
+    "Features at alpha = 0, which the first run of an encoder computes for all, and at the other alphas."
+    encoder, bf16 = plan.run.encoder, embedding.get("bf16", False)
+    shared = _pretrained_path(plan, rows, path.parent, bf16)
+    later = [alpha for alpha in alphas if alpha]
+
+    def start():
+        return extract_features_to(encoder, images, shared, bf16=bf16)
+
+    def rest():
+        return alpha_features(encoder, plan.run.theta_1, later, images, path=path, **embedding)
+
+    if not later:
+        return [start() for _ in alphas]
+    tuned = rest() if _end_first(shared) else None
+    zero = start()
+    tuned = rest() if tuned is None else tuned
+    found = {alpha: tuned[i] for i, alpha in enumerate(later)} | {0.0: zero}
+    return [found[alpha] for alpha in alphas]
 
 # %% ../../nbs/study/sweep_features.ipynb #49eab5d2
 def _embed(plan: SweepPlan, alphas: list[float], rows: torch.Tensor, path: Path | None, **embedding: Any):
@@ -57,13 +85,7 @@ def _embed(plan: SweepPlan, alphas: list[float], rows: torch.Tensor, path: Path 
     run, images = plan.run, plan.suite.images[rows]
     run.encoder.load_state_dict(run.theta_0)
     if path and 0.0 in alphas and not embedding.get("max_feature_error"):
-        start = _pretrained_features(plan, rows, path.parent, embedding.get("bf16", False))
-        later = [alpha for alpha in alphas if alpha]
-        by_alpha = {0.0: start}
-        if later:
-            tuned = alpha_features(run.encoder, run.theta_1, later, images, path=path, **embedding)
-            by_alpha |= {alpha: tuned[i] for i, alpha in enumerate(later)}
-        return [by_alpha[alpha] for alpha in alphas]
+        return _embed_apart(plan, alphas, images, rows, path, **embedding)
     found = alpha_features(run.encoder, run.theta_1, alphas, images, path=path, **embedding)
     if embedding.get("max_feature_error"):
         computed = f"{len(found.values)} of {len(alphas)} alphas computed"
