@@ -33,7 +33,9 @@ def linear_cka(
     x: torch.Tensor,  # (N, D): features of one encoder, N > 3
     y: torch.Tensor,  # (N, E): features of another, for the same images
 ) -> float:  # at most 1; about 0 for unrelated features, where it may be negative
-    "Linear centred kernel alignment (Kornblith et al. 2019), unbiased, in double precision."
+    "Linear centred kernel alignment (Kornblith et al. 2019), unbiased, in double precision; nan for N < 4."
+    if len(x) < 4:
+        return float("nan")
     x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
     k, m = x @ x.T, y @ y.T
     return float(_hsic(k, m) / (_hsic(k, k) * _hsic(m, m)).sqrt())

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..core.distributed import rank_and_world
+from ..core.distributed import rank_and_world, wait_for_others
 from ..core.files import atomic_write, progress
 from ..core.hashing import code_digest, digest
 from ..core.params import check_choice, check_parameters, check_values, fill_defaults
@@ -193,6 +193,7 @@ def alpha_sweep(
         return pd.read_parquet(path.with_suffix(".parquet"))
     features = sweep_features(plan, path, **embedding)
     rows = _label(run, pd.concat([_score(plan, features, scorers, metrics), *_left_out_rows(suite)]))
+    wait_for_others()  # their features are mapped from the files that go away here
     if path and rank_and_world()[0] == 0:
         write_rows(rows, path.with_suffix(".parquet"))
         for leftover in path.parent.glob(f"{path.stem}*.npy"):

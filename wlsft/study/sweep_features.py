@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..core.distributed import rank_and_world
 from ..core.files import is_locked
 from ..core.hashing import code_digest, digest
 from ..datasets.base import Suite
@@ -54,7 +55,8 @@ def _pretrained_path(plan: SweepPlan, rows: torch.Tensor, folder: Path, bf16: bo
 
 def _end_first(path: Path) -> bool:
     "Is another run at work on alpha = 0? Then there is something else to do meanwhile."
-    return not path.is_file() and is_locked(path.with_name(f".{path.name}.lock"))
+    alone = rank_and_world()[1] == 1  # the processes of one job keep to one order
+    return alone and not path.is_file() and is_locked(path.with_name(f".{path.name}.lock"))
 
 # %% ../../nbs/study/sweep_features.ipynb #f6d8cb05
 def _embed_apart(
