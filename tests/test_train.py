@@ -12,7 +12,7 @@ from wlsft.datasets.base import DataError, PairCorpus
 from wlsft.evaluation.probe import ridge_regression
 from wlsft.models.features import extract_features
 from wlsft.models.loop import Batch, checkpointed, finetune, train_step
-from wlsft.models.optimizer import make_optimizer
+from wlsft.models.optimizer import make_optimizer, set_rates
 from wlsft.models.text import TextEmbeddings
 from wlsft.train import PairHead, consistency_penalty, pair_objective
 
@@ -185,7 +185,8 @@ def test_a_step_in_micro_batches_has_the_gradients_of_a_whole_step(prepare):
         encoder, head, images, objective = prepare("test_vit", Full())
         optimizer = make_optimizer(encoder, head, 1e-3, 1e-3, 0.01)
         batch = Batch(images[:8] / 255, torch.arange(8), torch.Generator().manual_seed(0))
-        train_step(encoder, optimizer, objective, batch, 0.0, micro_batch_size=size)
+        set_rates(optimizer, 0.0)
+        train_step(encoder, optimizer, objective, batch, micro_batch_size=size)
         gradients[size] = torch.cat([p.grad.flatten() for p in encoder.parameters()])
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[3], gradients[0], atol=1e-5, rtol=1e-3)

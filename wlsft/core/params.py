@@ -94,6 +94,7 @@ RANGES: dict[str, tuple[float, float]] = {  # name -> smallest and largest value
     "l2": (0, 1e6),
     "lr": (0, 10),
     "max_feature_error": (0, 0.1),
+    "max_grad_norm": (0, 1e6),
     "memory_size": (1, 65_536),
     "micro_batch_size": (0, 65_536),
     "n": (1, _BIG),
@@ -112,6 +113,7 @@ RANGES: dict[str, tuple[float, float]] = {  # name -> smallest and largest value
     "steps": (1, 10_000),
     "stride": (1, 10_000),
     "temperature": (1e-6, 1e6),
+    "warmup_steps": (0, 10_000_000),
     "weight_decay": (0, 10),
 }
 

@@ -130,10 +130,11 @@ _OPENAI_KEYS = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI
 
 def is_torchscript(path: str | Path) -> bool:
     "Is this file a TorchScript archive, a program instead of weights?"
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
 def _has_openai_keys(path: str) -> bool:

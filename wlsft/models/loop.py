@@ -23,7 +23,7 @@ from ..datasets.images import ImageFiles, image_batches
 from ..datasets.training_views import RandomCrops
 from .base import Encoder, preprocess
 from .checkpoint import load_checkpoint, save_checkpoint
-from .optimizer import make_optimizer, warmup_cosine
+from .optimizer import make_optimizer, set_rates, warmup_cosine
 
 # %% ../../nbs/models/loop.ipynb #912d71d4
 Objective = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
@@ -64,14 +64,11 @@ def train_step(
     optimizer: torch.optim.Optimizer,  # see `make_optimizer`
     objective: Objective,  # see `Objective`
     batch: Batch,
-    factor: float,  # of the peak rates
     micro_batch_size: int = 0,  # see `checkpointed`
     bf16: bool = False,  # half precision in the encoder
     max_grad_norm: float = 1.0,  # longer gradients are shortened to it; 0: never
 ) -> float:  # the loss
     "One update. Raises `FloatingPointError` before any weight moves."
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
     parameters = list(itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups))
     device = next(encoder.parameters()).device
     x = preprocess(encoder, batch.views.to(device)).contiguous(memory_format=torch.channels_last)
@@ -146,7 +143,8 @@ class _Loop:
         for i, batch in enumerate(progress(batches, f"epoch {number + 1}/{self.epochs}", later, **bar)):
             done, total = number * self.steps + i, self.epochs * self.steps
             factor = warmup_cosine(done, total, warmup_steps=self.warmup_steps)
-            step = (self.encoder, self.optimizer, self.objective, batch, factor)
+            set_rates(self.optimizer, factor)
+            step = (self.encoder, self.optimizer, self.objective, batch)
             try:
                 losses.append(train_step(*step, **self.options))
             except FloatingPointError as error:

@@ -31,7 +31,7 @@ from ..lp_ft import FT, class_objective
 from ..models.features import extract_features
 from ..models.image_text import ImageText, zero_shot_head
 from ..models.loop import Batch, Objective, train_step
-from ..models.optimizer import make_optimizer, warmup_cosine
+from ..models.optimizer import make_optimizer, set_rates, warmup_cosine
 from ..train import Head, Method
 
 # %% ../../nbs/reports/few_shot.ipynb #443e7029
@@ -159,7 +159,8 @@ def _tune(
             views = random_views(images, generator, size=images.shape[-1])
             batch = Batch(views, torch.arange(len(images)), generator)
             factor = warmup_cosine(step, steps, 0)
-            record["loss"] = train_step(learner.model, optimizer, objective, batch, factor)
+            set_rates(optimizer, factor)
+            record["loss"] = train_step(learner.model, optimizer, objective, batch)
     learner.model.load_state_dict(kept[1])
     return kept[0], pd.DataFrame(history)
 

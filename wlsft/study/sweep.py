@@ -175,7 +175,7 @@ def _left_out_rows(suite: Suite) -> list[pd.DataFrame]:
 
 # %% ../../nbs/study/sweep.ipynb #88c8ae8c
 def alpha_sweep(
-    run: Run,  # its encoder is evaluated where it is, and left at `theta_0`
+    run: Run,  # its encoder is left at `theta_0`
     suite: Suite,  # see `suite_of`
     alphas: Sequence[float],  # each in [0, 1]
     scorers: Sequence[str] = ("knn", "head"),  # any of `SCORERS`
@@ -193,7 +193,7 @@ def alpha_sweep(
         return pd.read_parquet(path.with_suffix(".parquet"))
     features = sweep_features(plan, path, **embedding)
     rows = _label(run, pd.concat([_score(plan, features, scorers, metrics), *_left_out_rows(suite)]))
-    wait_for_others()  # their features are mapped from the files that go away here
+    wait_for_others()  # before their files go
     if path and rank_and_world()[0] == 0:
         write_rows(rows, path.with_suffix(".parquet"))
         for leftover in path.parent.glob(f"{path.stem}*.npy"):
