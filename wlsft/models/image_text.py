@@ -143,7 +143,7 @@ def _has_openai_keys(path: str) -> bool:
     found = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
     return isinstance(found, dict) and _OPENAI_KEYS <= found.keys()
 
-
+# %% ../../nbs/models/image_text.ipynb #4365b1dc
 def _needs_quick_gelu(kind: str, tag: str) -> bool:
     "Were these weights trained with QuickGELU? A warning where a file does not say."
     import open_clip
