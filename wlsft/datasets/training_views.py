@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..core.params import check_choice
 from .captions import PHOTO_AUGMENTATION
@@ -24,6 +24,7 @@ class RandomCrops(ImageFiles):
     "Each image is a random part of the whole picture, as torchvision's `RandomResizedCrop` draws it."
 
     scale: tuple[float, float] = (0.9, 1.0)  # smallest and largest area, as a share of the picture
+    flip: bool = False  # mirror half of them
     seed: int = 0  # another in every epoch
 
     def decode(self, i: int) -> torch.Tensor:
@@ -35,13 +36,24 @@ class RandomCrops(ImageFiles):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + 31 * row + s)
             top, left, height, width = RandomResizedCrop.get_params(picture, list(self.scale), [3 / 4, 4 / 3])
+            mirrored = self.flip and torch.rand(()) < 0.5
         box = (left, top, left + width, top + height)
-        cut = picture.crop(box).resize((self.size, self.size), Image.Resampling.BICUBIC)
+        kind = Image.Resampling[self.interpolation.upper()]
+        cut = picture.crop(box).resize((self.size, self.size), kind)
+        cut = ImageOps.mirror(cut) if mirrored else cut
         return torch.from_numpy(np.array(cut)).permute(2, 0, 1)
 
 # %% ../../nbs/datasets/training_views.ipynb #3372077f
-VIEWS = ("own", "crop", "none")
-_MILD = dict(scale=(0.9, 1.0), angle=0.0, flip=False, strength=0.0, gray=0.0)  # of images in memory
+VIEWS = ("own", "crop", "imagenet", "none")
+_PUBLISHED: dict[str, dict[str, Any]] = {  # options of `RandomCrops`
+    "crop": dict(scale=(0.9, 1.0), flip=False, interpolation="bicubic"),
+    "imagenet": dict(scale=(0.08, 1.0), flip=True, interpolation="bilinear"),
+}
+
+
+def _of_tensors(scale: tuple[float, float], flip: bool, interpolation: str) -> dict[str, Any]:
+    "The same as options of `random_views`, for images in memory; its interpolation is its own."
+    return dict(scale=scale, flip=flip, angle=0.0, strength=0.0, gray=0.0)
 
 
 def training_views(
@@ -55,8 +67,9 @@ def training_views(
     if views == "none":
         return images, dict(unchanged=True)
     if isinstance(images, torch.Tensor):
-        return images, {} if views == "own" else _MILD
-    if views == "crop":
-        return RandomCrops(images.sources, images.index, images.size), dict(unchanged=True)
+        return images, {} if views == "own" else _of_tensors(**_PUBLISHED[views])
+    if views in _PUBLISHED:
+        crops = RandomCrops(images.sources, images.index, images.size, **_PUBLISHED[views])
+        return crops, dict(unchanged=True)
     larger = replace(images, size=round(images.size / 0.875), crop=1.0, crop_mode="center")
     return larger, PHOTO_AUGMENTATION

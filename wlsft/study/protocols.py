@@ -20,7 +20,13 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {  # protocol -> method -> par
     "lp-ft": {},
 }
 _SGD: dict[str, Any] = dict(
-    optimizer="sgd", weight_decay=0.0, batch_size=64, epochs=20, warmup_steps=1, max_grad_norm=0.0
+    optimizer="sgd",
+    weight_decay=0.0,
+    batch_size=64,
+    epochs=20,
+    warmup_steps=1,
+    max_grad_norm=0.0,
+    views="imagenet",
 )
 PROTOCOLS["lp-ft"]["FT"] = dict(_SGD, batch_norm="running", lr=1e-3, head_lr=1e-3)
 PROTOCOLS["lp-ft"]["LP-FT"] = dict(_SGD, batch_norm="frozen", c_values=50, lr=1e-3, head_lr=1e-3)
