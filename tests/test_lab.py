@@ -138,13 +138,17 @@ def test_adapters_are_the_identity_and_have_a_gradient(name, adapter):
     assert adapter == "film" or calls and isinstance(ADAPTERS[adapter](), TokenReplay)
 
 
-def between(folder, tmp_path):
-    "A run between two random ViTs."
+def two_files(tmp_path):
+    "Names of two random ViTs in files."
     names = []
     for end in "ab":
         save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / f"{end}.safetensors")
         names.append(f"test_vit={tmp_path / end}.safetensors")
-    return run_between(*names)
+    return names
+
+
+def between(tmp_path):
+    return run_between(*two_files(tmp_path))
 
 
 def test_iwildcam_has_the_metric_that_is_published(folder, tmp_path):
@@ -157,7 +161,7 @@ def test_iwildcam_has_the_metric_that_is_published(folder, tmp_path):
             lines.append(f"{split}{i}.png,{split},{0 if i < 18 else i % 3},{i % 4}")
     (base / "metadata.csv").write_text("\n".join(lines))
     (base / "categories.csv").write_text("y,name\n0,empty\n1,cat\n2,deer\n")
-    run = between(folder, tmp_path)
+    run = between(tmp_path)
     rows = alpha_sweep(run, load_suite("iwildcam", tmp_path, 160), [0], ["knn"])
     f1 = rows[(rows.metric == "macro_f1") & (rows["set"] == "id-test") & (rows.k == 1)]
     assert abs(f1.value.item() - 100) < 1e-6 and "mean_per_class" in METRICS
@@ -171,7 +175,7 @@ def test_unreadable_images_are_refused_or_counted(folder, tmp_path):
         target.write_bytes(path.read_bytes())
     for name in ("train/b/2.png", "snow/b/1.png"):
         (copy / name).write_bytes((copy / name).read_bytes()[:60])
-    run = between(folder, tmp_path)
+    run = between(tmp_path)
     suite = load_suite(f"mine={copy}", **input_options(run.encoder))
     calls = []
     run.encoder.register_forward_hook(lambda *args: calls.append(1))
@@ -276,10 +280,7 @@ def test_batches_do_not_depend_on_the_start_method(tmp_path):
 
 def test_two_processes_share_a_sweep(folder, tmp_path):
     "`torchrun wlsft sweep` gives the rows of one process."
-    names = []
-    for end in "ab":
-        save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / f"{end}.safetensors")
-        names.append(f"test_vit={tmp_path / end}.safetensors")
+    names = two_files(tmp_path)
     sweep = ["wlsft", "sweep", "--from", names[0], "--to", names[1], "--suite", f"mine={folder / 'suite'}"]
     sweep += ["-p", "alpha_steps", "1", "--device", "cpu"]
     torchrun = ["torchrun", "--standalone", "--nproc_per_node", "2", "--no-python"]
@@ -294,7 +295,7 @@ def test_two_processes_share_a_sweep(folder, tmp_path):
 
 
 def test_a_run_between_checkpoints_ends_where_they_are(folder, tmp_path):
-    run = between(folder, tmp_path)
+    run = between(tmp_path)
     assert isinstance(run, Run) and run.method.name == "WLSFT"
     suite = load_suite(f"mine={folder / 'suite'}", **input_options(run.encoder))
     rows = alpha_sweep(run, suite, [0, 0.5, 1], ["knn"])

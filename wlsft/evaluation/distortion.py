@@ -15,7 +15,7 @@ from ..datasets.base import Suite
 from ..datasets.images import image_batches
 from .knn_search import knn_search
 from ..models.base import Encoder, preprocess
-from ..models.sites import adapter_sites, as_tokens
+from ..models.sites import adapter_sites, as_tokens, entering
 
 # %% ../../nbs/evaluation/distortion.ipynb #827f4011
 def _hsic(
@@ -72,20 +72,13 @@ def block_features(
     sites = _sites_if_any(encoder)
     found: dict[str, list[torch.Tensor]] = {site: [] for site in (*sites, "feature")}
 
-    def record(site):
-        return lambda module, args: found[site].append(as_tokens(args[0]).mean(1).float().cpu())
+    def record(site, x):
+        found[site].append(as_tokens(x).mean(1).float().cpu())
 
-    training = encoder.training
     device = next(encoder.parameters()).device
-    hooks = [module.register_forward_pre_hook(record(site)) for site, module in sites.items()]
-    try:
-        encoder.eval()
+    with entering(encoder, list(sites), record):
         for batch in image_batches(images, batch_size):
             found["feature"].append(encoder(preprocess(encoder, batch.to(device))).float().cpu())
-    finally:
-        encoder.train(training)
-        for hook in hooks:
-            hook.remove()
     return {site: torch.cat(parts) for site, parts in found.items()}
 
 # %% ../../nbs/evaluation/distortion.ipynb #1bbda1c5

@@ -56,7 +56,11 @@ def read_weights(
     path: str | Path,  # .safetensors or .pth, perhaps nested under teacher, state_dict, model or student
 ) -> dict[str, torch.Tensor]:
     "The backbone's tensors, without the checkpoint's prefixes. Raises `DataError` if there are none."
-    found = _load_checkpoint(path)
+    return _backbone(_load_checkpoint(path), path)
+
+
+def _backbone(found: Any, path: str | Path) -> dict[str, torch.Tensor]:
+    "`read_weights` of what a file holds."
     for key in ("teacher", "state_dict", "model", "student"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -105,13 +109,13 @@ def _mismatches(state: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
     return bad
 
 # %% ../../nbs/models/encoders.ipynb #3715bea1
-def _warn_of_dino(name: str, path: str | Path) -> None:
-    "DINO's files fit names with another normalisation, and then lose some points without a word."
+def _warn_of_dino(name: str, found: dict, path: str | Path) -> None:
+    "DINO's files fit names with another normalisation too."
     import timm
 
     better = f"{name.partition('.')[0]}.dino"
     known = timm.is_model_pretrained(better) if timm.is_model(name) else False
-    if known and name != better and "teacher" in _load_checkpoint(path):
+    if known and name != better and "teacher" in found:
         warnings.warn(
             f"{path} looks like a checkpoint of DINO; {better} has its normalisation, {name} has another",
             stacklevel=2,
@@ -123,7 +127,8 @@ def _from_file(name: str, path: str | Path) -> Encoder:
     import timm
 
     model: Any = timm.create_model(name, num_classes=0)
-    weights = read_weights(path)
+    found = _load_checkpoint(path)
+    weights = _backbone(found, path)
     other = _resampled_positions(weights, model)
     if other:
         raise DataError(f"{path} has positions of another input size than {name}: {'; '.join(other[:3])}")
@@ -139,7 +144,7 @@ def _from_file(name: str, path: str | Path) -> Encoder:
     if bad:
         raise DataError(f"{path} does not fit {name} in {len(bad)} places: {'; '.join(bad[:6])}")
     model.load_state_dict(weights)
-    _warn_of_dino(name, path)
+    _warn_of_dino(name, found, path)
     return model
 
 # %% ../../nbs/models/encoders.ipynb #5f0dce86
@@ -157,7 +162,7 @@ def _from_hub(name: str) -> Encoder:
 
 
 def _unknown_encoder(name: str) -> ParameterError:
-    "An error that lists what is allowed."
+    "Lists what is allowed."
     import timm
 
     examples = ", ".join(timm.list_models("*vit*dino*", pretrained=True)[:2])
@@ -202,7 +207,7 @@ _AS_EVALUATED = {".dino": {}, "dinov2": dict(img_size=224)}  # pixels 224 of 256
 
 
 def _owners_evaluation(kind: str) -> dict[str, Any] | None:
-    "How DINO's and DINOv2's authors evaluate; None for other models."
+    "Of DINO and DINOv2; None for other models."
     if not kind.startswith("vit_"):
         return None
     return next((how for part, how in _AS_EVALUATED.items() if part in kind), None)

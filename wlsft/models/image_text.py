@@ -137,11 +137,14 @@ def is_torchscript(path: str | Path) -> bool:
         return False
 
 
-def _has_openai_keys(path: str) -> bool:
-    if path.lower().endswith(".safetensors"):
-        return False
-    found = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
-    return isinstance(found, dict) and _OPENAI_KEYS <= found.keys()
+def _openai_weights(tag: str) -> dict[str, torch.Tensor]:
+    "The weights of a file in OpenAI's own format; none for a tag or another file."
+    if not Path(tag).is_file() or tag.lower().endswith(".safetensors"):
+        return {}
+    found = torch.load(tag, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(tag))
+    if not isinstance(found, dict) or not _OPENAI_KEYS <= found.keys():
+        return {}
+    return {key: value for key, value in found.items() if key not in _OPENAI_KEYS}
 
 # %% ../../nbs/models/image_text.ipynb #4365b1dc
 def _needs_quick_gelu(kind: str, tag: str) -> bool:
@@ -151,8 +154,6 @@ def _needs_quick_gelu(kind: str, tag: str) -> bool:
     if not Path(tag).is_file():
         cfg = open_clip.get_pretrained_cfg(kind, tag) or {}
         return bool(cfg.get("quick_gelu"))  # open_clip itself only warns
-    if _has_openai_keys(tag):
-        return True
     twin = f"{kind}-quickgelu"
     if twin in open_clip.list_models():
         warnings.warn(
@@ -167,13 +168,12 @@ def _open_clip(kind: str, tag: str) -> ImageText:
     "A pretrained model of open_clip, wrapped."
     import open_clip
 
-    quick_gelu = _needs_quick_gelu(kind, tag)
-    own_format = Path(tag).is_file() and _has_openai_keys(tag)  # three numbers that are no weights
-    pretrained = None if own_format else tag or None
+    openai = _openai_weights(tag)
+    quick_gelu = bool(openai) or _needs_quick_gelu(kind, tag)
+    pretrained = None if openai else tag or None
     clip = open_clip.create_model(kind, pretrained=pretrained, weights_only=True, force_quick_gelu=quick_gelu)
-    if own_format:
-        weights = torch.load(tag, weights_only=True, map_location="cpu")
-        clip.load_state_dict({key: value for key, value in weights.items() if key not in _OPENAI_KEYS})
+    if openai:
+        clip.load_state_dict(openai)
     clip.eval()
     shape = open_clip.get_model_preprocess_cfg(clip)
     size = shape["size"]
