@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED_CLIP', 'ImageText', 'is_text_parameter', 'unaligned_clip', 'is_aligned_parameter', 'is_image_text',
-           'is_torchscript', 'load_image_text', 'check_prompts', 'zero_shot_head']
+           'load_image_text', 'check_prompts', 'zero_shot_head']
 
 # %% ../../nbs/models/image_text.ipynb #d4fd2c9e
 import warnings
@@ -20,6 +20,7 @@ from ..datasets.base import DataError
 from .base import Encoder
 from .shipped import load_dinov2_small, read_shipped
 from .text import minilm_folder
+from .weights import is_torchscript
 
 # %% ../../nbs/models/image_text.ipynb #9dd53c41
 class ImageText(Encoder):
@@ -126,15 +127,6 @@ def _split_name(name: str) -> tuple[str, str]:
 # %% ../../nbs/models/image_text.ipynb #136bd6c0
 _CROP_MODE = dict(shortest="center", squash="squash", longest="border")  # open_clip's word -> timm's
 _OPENAI_KEYS = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's files only
-
-
-def is_torchscript(path: str | Path) -> bool:
-    "Is this file a TorchScript archive, a program instead of weights?"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return False
 
 
 def _openai_weights(tag: str) -> dict[str, torch.Tensor]:
