@@ -13,7 +13,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from wlsft.adapters import ADAPTERS, TokenReplay, adapt
+from wlsft.adapters import ADAPTERS, adapt
 from wlsft.core.params import ParameterError
 from wlsft.datasets.images import ImageFiles
 from wlsft.datasets.suites import load_suite
@@ -135,7 +135,7 @@ def test_adapters_are_the_identity_and_have_a_gradient(name, adapter):
     after.square().sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     assert len(calls) == sum(hasattr(module, "replay") for module in model.modules())
-    assert adapter == "film" or calls and isinstance(ADAPTERS[adapter](), TokenReplay)
+    assert adapter == "film" or calls
 
 
 def two_files(tmp_path):

@@ -29,7 +29,7 @@ from ..datasets.base import DataError, data_folder
 from ..models.loop import finetune
 from .notebooks import parse_value, run_notebook
 from .plan import Job, study_plan
-from .protocols import with_protocol
+from .protocols import PROTOCOLS, with_protocol
 from .runs import Run, load_run, run_between, train_run
 from .schema import all_parameters, runs_folder
 from .status import folder_size, is_active, prunable, required_runs, study_status
@@ -68,7 +68,7 @@ def _comments() -> dict[str, str]:
 
 # %% ../../nbs/study/cli.ipynb #86018f74
 def _choices(name: str) -> str:
-    "What a parameter may be: names of a registry, or a range."
+    "Names of a registry, or a range."
     registries: dict[str, Iterable[str]] = {"method": METHODS, "adapter": ADAPTERS}
     if name in registries:
         return " | ".join(registries[name])
@@ -81,7 +81,7 @@ def _choices(name: str) -> str:
 def describe_parameters() -> str:
     "Every parameter of a run, one a line: name, defaults, range and comment."
     comments = _comments()
-    lines = []
+    lines = [f"  protocol = {' | '.join(PROTOCOLS)}"]
     for name, defaults in all_parameters(list(METHODS)).items():
         different = list(dict.fromkeys(map(repr, defaults)))
         lines.append(f"  {name} = {' or '.join(different)}")
@@ -118,7 +118,7 @@ def _train(args: argparse.Namespace) -> None:
 
 # %% ../../nbs/study/cli.ipynb #ed59b37a
 def _swept_run(args: argparse.Namespace) -> Run:
-    "The run that is named, or the one between two encoders."
+    "Named, or between two encoders."
     if bool(args.run) == bool(args.start) or bool(args.start) != bool(args.end):
         raise ParameterError("name a run, or two encoders with --from and --to")
     if args.start:
