@@ -31,7 +31,7 @@ from wlsft.datasets.corpora import coco_pairs
 from wlsft.datasets.emojishift import read_style
 from wlsft.datasets.images import FileSource, ImageFiles
 from wlsft.evaluation.stats import read_rows
-from wlsft.models.encoders import read_weights
+from wlsft.models.weights import read_weights
 from wlsft.study.plan import expand_study
 from wlsft.study.runs import load_run
 
