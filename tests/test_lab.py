@@ -20,7 +20,8 @@ from wlsft.datasets.suites import load_suite
 from wlsft.evaluation.metrics import METRICS
 from wlsft.models.base import input_options, preprocess
 from wlsft.models.encoders import load_encoder
-from wlsft.study.runs import Run, load_run, run_between, train_run
+from wlsft.study.derived import run_between
+from wlsft.study.runs import Run, load_run, train_run
 from wlsft.study.sweep import alpha_sweep, readable_suite
 
 FEW = [  # ViTs, blocks in lists, RoPE, networks with and without BatchNorm, a wide end

@@ -56,6 +56,7 @@ FLOORS = [
     {"train", "knn_eval"},
     {"lp_ft"},
     {"flyp"},
+    {"rivals"},
     {"study"},
     {"reports"},
 ]

@@ -14,7 +14,8 @@ from wlsft.models.features import extract_features
 from wlsft.models.loop import Batch, checkpointed, finetune, train_step
 from wlsft.models.optimizer import make_optimizer, set_rates
 from wlsft.models.text import TextEmbeddings
-from wlsft.train import PairHead, consistency_penalty, pair_objective
+from wlsft.losses import consistency_penalty
+from wlsft.train import PairHead, pair_objective
 
 SIDE = 32
 N_TEXTS = 16

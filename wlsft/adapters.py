@@ -68,6 +68,10 @@ class Adapter:
         "Merge the adapter into pretrained weights where that is exact; by default nothing is merged."
         return encoder
 
+    def merge(self, encoder: Encoder) -> Encoder:  # `encoder`
+        "After training: turn what was added into a change of pretrained weights, for adapters that can."
+        return encoder
+
     def owns(self, key: str) -> bool:
         "Is this parameter or buffer one that the adapter has added?"
         return bool(self.prefix) and self.prefix in key

@@ -18,6 +18,7 @@ ROOMS = {  # folder -> what it holds, in reading order
     "datasets": "Data sets",
     "models": "Models",
     "evaluation": "Evaluation",
+    "rivals": "Rivals and controls",
     "reports": "Reports",
     "study": "Running studies",
     "core": "Files, parameters, hashes, processes",

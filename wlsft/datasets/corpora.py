@@ -10,11 +10,12 @@ __all__ = ['CORPORA', 'Corpus', 'register_corpus', 'imagenet_pairs', 'cc_pairs',
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..core.hashing import digest
 from ..core.params import check_choice, check_range
@@ -52,7 +53,11 @@ def register_corpus(name: str, n_pairs: int = 0, files: str = "", suite: str = "
 
 # %% ../../nbs/datasets/corpora.ipynb #d0000004
 def _read_emojishift(name: str, root: Path, n: int, seed: int, size: int, cache: str | Path, templates=()):
-    return emojishift_pairs(load_emojishift(root), name, list(templates or ()))
+    pairs = emojishift_pairs(load_emojishift(root), name, list(templates or ()))
+    if not n:
+        return pairs
+    rows = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(pairs.group))[:n]))
+    return replace(pairs, images=pairs.images[rows], group=pairs.group[rows])
 
 
 for _name in EMOJISHIFT_CORPORA:

@@ -22,7 +22,7 @@ from ..datasets.augment import random_views
 from ..datasets.images import ImageFiles, image_batches
 from ..datasets.training_views import RandomCrops
 from .base import Encoder, preprocess
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint, save_epoch
 from .optimizer import make_optimizer, set_rates, warmup_cosine
 
 # %% ../../nbs/models/loop.ipynb #912d71d4
@@ -102,15 +102,17 @@ def epoch_batches(
         images = replace(images, seed=seed * 100_003 + epoch)
     steps = len(images) // batch_size
     order = torch.randperm(len(images), generator=generator)[: steps * batch_size].split(batch_size)
-    part = local_slice(batch_size)
-    decoded = image_batches(images, [rows[part] for rows in order])
+    copies = views.get("copies", 1)  # views of each image, one after the other
+    options = {name: value for name, value in views.items() if name != "copies"}
+    decoded = image_batches(images, [rows[local_slice(batch_size)] for rows in order])
+    drawn = (batch_size * copies, local_slice(batch_size * copies))
     for rows, pixels in zip(order, decoded):
-        pixels = pixels.to(device)
+        pixels = pixels.to(device).repeat_interleave(copies, 0)
+        rows = rows.repeat_interleave(copies)
         if views.get("unchanged"):
             yield Batch(pixels.float() / 255, rows, generator)
             continue
-        changed = random_views(pixels, generator, size=size, batch=(batch_size, part), **views)
-        yield Batch(changed, rows, generator)
+        yield Batch(random_views(pixels, generator, size=size, batch=drawn, **options), rows, generator)
 
 # %% ../../nbs/models/loop.ipynb #ac12e495
 def _check_batches(batch_size: int, images: int) -> None:
@@ -171,6 +173,7 @@ def finetune(
     micro_batch_size: int = 0,  # rows held at once; 0: all
     bf16: bool = False,  # half precision in the encoder
     compiled: bool = False,  # torch.compile
+    keep_epochs: bool = False,  # weights of each, by the checkpoint
     seed: int = 0,  # of order, views and texts
     views: dict[str, Any] | None = None,  # options of `random_views`
     checkpoint: Path | None = None,  # to resume from
@@ -180,17 +183,21 @@ def finetune(
     step = dict(micro_batch_size=micro_batch_size, bf16=bf16, max_grad_norm=max_grad_norm)
     steps = len(images) // batch_size
     loop = _Loop(encoder, made, objective, epochs, steps, batch_size, step, warmup_steps)
-    return _run_epochs(loop, head, images, (seed, views or {}), checkpoint, compiled)
+    kept = checkpoint.parent if checkpoint and keep_epochs else None
+    return _run_epochs(loop, head, images, (seed, views or {}), (checkpoint, kept), compiled)
 
 # %% ../../nbs/models/loop.ipynb #32e6dc45
 def _run_epochs(
-    loop: _Loop, head: nn.Module, images, randomness: tuple, checkpoint: Path | None, compiled: bool
+    loop: _Loop, head: nn.Module, images, randomness: tuple, paths: tuple, compiled: bool
 ) -> list[float]:
-    "All epochs that the checkpoint does not have yet; `randomness` is the seed and the options of views."
+    """All epochs that the checkpoint does not have yet.
+
+    `randomness` is the seed and the options of views, `paths` the checkpoint and the folder of epochs."""
     _check_batches(loop.batch_size, len(images))
     if compiled:
         loop.encoder.compile()
     modules = dict(encoder=loop.encoder, head=head)
+    checkpoint, kept = paths
     history: list[float] = []
     if checkpoint and checkpoint.is_file():
         history = load_checkpoint(checkpoint, modules, loop.optimizer)
@@ -200,6 +207,8 @@ def _run_epochs(
     for number in range(len(history), loop.epochs):
         batches = epoch_batches(images, number, loop.batch_size, seed, size, views, device)
         history.append(loop.epoch(number, batches))
+        if kept and rank_and_world()[0] == 0:
+            save_epoch(kept, number + 1, modules)
         if checkpoint and rank_and_world()[0] == 0:
             save_checkpoint(checkpoint, modules, loop.optimizer, history)
     return history

@@ -85,7 +85,7 @@ def cross_attend(
     return layer.o(attended.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/models/replay.ipynb #7348374d
-MEMORY_SOURCES = ("recorded", "learned", "register", "gaussian", "depth")
+MEMORY_SOURCES = ("recorded", "random", "learned", "register", "gaussian", "depth")
 
 
 def _centroids(tokens: torch.Tensor, m: int, seed: int) -> torch.Tensor:
@@ -112,7 +112,7 @@ def make_memory(
     m: int = 64,  # rows
     seed: int = 0,  # of k-means and the Gaussian draws
 ) -> torch.Tensor | None:  # float32 (m, D); (1, D) for `register`, None for `depth`
-    "What is replayed: k-means centroids, Gaussian draws, one zero, or nothing."
+    "What is replayed: k-means centroids, some of the tokens, Gaussian draws, one zero, or nothing."
     check_choice("memory_source", source, MEMORY_SOURCES)
     check_range("memory_size", m, 1, len(tokens), integer=True)
     if source == "depth":
@@ -121,4 +121,6 @@ def make_memory(
         return torch.zeros(1, tokens.shape[1])
     if source == "recorded":
         return _centroids(tokens, m, seed)
+    if source == "random":
+        return tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:m]]
     return _gaussian(tokens, m, seed)

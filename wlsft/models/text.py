@@ -96,12 +96,15 @@ class TextEmbeddings:
 # %% ../../nbs/models/text.ipynb #726e9880
 def embed_texts(
     texts: list[list[str]],  # alternatives of each group
-    tower: str = "minilm",  # see `load_text_tower`
+    tower: str = "minilm",  # see `load_text_tower`; or one-hot: a direction for each group, no words
     cache: str | Path | None = None,  # folder where embeddings are kept; None: nowhere
 ) -> TextEmbeddings:
     "Embed every text of a corpus once. Raises `ParameterError` for a group without text."
     from safetensors.torch import load_file, save_file
 
+    if tower == "one-hot":
+        groups = torch.arange(len(texts))
+        return TextEmbeddings(torch.eye(len(texts)), groups, torch.ones_like(groups))
     empty = [i for i, alternatives in enumerate(texts) if not alternatives]
     if empty:
         raise ParameterError(f"groups {empty[:5]} have no text; every image needs at least one")

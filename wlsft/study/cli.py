@@ -27,10 +27,11 @@ from ..core.files import file_lock
 from ..core.params import RANGES, ParameterError
 from ..datasets.base import DataError, data_folder
 from ..models.loop import finetune
+from .derived import run_to_sweep
 from .notebooks import parse_value, run_notebook
 from .plan import Job, study_plan
 from .protocols import PROTOCOLS, with_protocol
-from .runs import Run, load_run, run_between, train_run
+from .runs import train_run
 from .schema import all_parameters, runs_folder
 from .status import folder_size, is_active, prunable, required_runs, study_status
 from wlsft.study.sweep import (
@@ -117,15 +118,6 @@ def _train(args: argparse.Namespace) -> None:
         torch.distributed.destroy_process_group()
 
 # %% ../../nbs/study/cli.ipynb #ed59b37a
-def _swept_run(args: argparse.Namespace) -> Run:
-    "Named, or between two encoders."
-    if bool(args.run) == bool(args.start) or bool(args.start) != bool(args.end):
-        raise ParameterError("name a run, or two encoders with --from and --to")
-    if args.start:
-        return run_between(args.start, args.end, args.data)
-    return load_run(args.run, args.runs, args.data)
-
-
 def _curve(rows: pd.DataFrame) -> pd.DataFrame:
     "k-NN accuracy by alpha and set."
     kept = rows[
@@ -139,11 +131,12 @@ def _sweep(args: argparse.Namespace) -> None:
     p = resolve_sweep(_given(args) | (dict(suite=args.suite) if args.suite else {}))
     name = sweep_name(p, args.data)
     several = _join_processes(args.device)
-    run = _swept_run(args)
+    ends = (args.start, args.end)
+    run = run_to_sweep(args.run, ends, p, args.runs, args.data)
     run.encoder.to(get_device(args.device))
     out = Path(args.out) if args.out else runs_folder(args.runs) / run.name / f"rows-{name}.parquet"
     alphas = [step / p["alpha_steps"] for step in range(p["alpha_steps"] + 1)]
-    own = ("suite", "alpha_steps", "stride", "unreadable")  # not of `alpha_sweep`
+    own = ("suite", "alpha_steps", "stride", "unreadable", "epoch", "after")  # not of `alpha_sweep`
     options = {key: value for key, value in p.items() if key not in own}
     first = rank_and_world()[0] == 0
     with file_lock(out.with_name(f"sweep-{name}.lock")) if first else contextlib.nullcontext():

@@ -30,6 +30,7 @@ from ..evaluation.stats import COLUMNS
 from ..interpolation import interpolate
 from ..knn_eval import knn_rows, retention_sets
 from ..models.base import input_options
+from .derived import AFTER
 from .runs import Run
 from .sweep_features import SweepPlan, images_key, sweep_features
 
@@ -102,6 +103,8 @@ SWEEP: dict[str, Any] = dict(
     metrics=["accuracy"],  # any of `METRICS`
     max_feature_error=0.0,  # 0: compute every alpha; else interpolate features up to this relative error
     bf16=False,  # half precision in the encoder; search and probe are always in single
+    epoch=0,  # weights after this epoch, of a run with `keep_epochs`; 0: the last
+    after="",  # lines (LiNeS), or random (a direction of the same length)
     unreadable="refuse",  # images on disk that cannot be read; or `skip` them, with their number in the rows
 )
 
@@ -117,6 +120,7 @@ def resolve_sweep(
     for name in p["metrics"]:
         check_choice("metrics", name, METRICS)
     check_choice("unreadable", p["unreadable"], ("refuse", "skip"))
+    check_choice("after", p["after"], ("", *AFTER))
     if p["suite"]:
         check_suite(p["suite"])
     return p
@@ -220,7 +224,7 @@ def _score(
 # %% ../../nbs/study/sweep.ipynb #4e45ab39
 def variant_of(run: Run) -> str:
     "Text for people where options of adapter or method define another configuration."
-    return ", ".join(filter(None, [run.adapter.variant, run.method.variant]))
+    return ", ".join(filter(None, [run.adapter.variant, run.method.variant, run.info.get("derived")]))
 
 
 def _label(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
