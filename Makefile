@@ -3,7 +3,7 @@
 #               and as many GPUs a run, MEM_MB=12000 for all runs together)
 # make status   what of the study is done, running or failed, and why, and disk use
 # make prune    what in runs/ no study and no table needs; DELETE=yes deletes it
-# make test     set up, then every test: the notebooks, then tests/
+# make test     set up, then every test, with every notebook among them
 # make bench    chapter 10 at full size, peers installed: tens of minutes -> figures/benchmarks
 # make outputs  execute the chapters of the book again and keep what a reader of a code host sees
 # make docs     the documentation site -> _docs/
@@ -49,8 +49,7 @@ prune: setup
 	wlsft prune $(STUDY) --seeds $(SEEDS) --data "$(DATA)" --set "$(SET)" $(if $(DELETE),--delete,)
 
 test: setup
-	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 pytest -q -n 2 --dist worksteal --durations 25
 
 bench: setup
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev,bench]'

@@ -8,9 +8,31 @@ from PIL import Image
 from safetensors.torch import save_file
 
 
+LONGEST = (  # names of tests and notebooks
+    "07_flyp",
+    "06_lp_ft",
+    "03_train",
+    "test_readme",
+    "04_knn_eval",
+    "000_tour",
+    "test_end_to_end",
+    "10_benchmarks",
+    "calibration",
+    "alpha_features",
+    "05_interpolation",
+    "11_your_own",
+    "few_shot",
+    "probe",
+)
+
+
 def pytest_collection_modifyitems(items):
-    "The longest tests first, so that no worker is left with one at the end."
-    items.sort(key=lambda item: item.path.stem not in ("test_readme", "test_end_to_end"))
+    "The longest first, so that no worker is left with one at the end."
+
+    def place(item):
+        return next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

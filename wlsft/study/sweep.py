@@ -224,7 +224,9 @@ def _score(
 # %% ../../nbs/study/sweep.ipynb #4e45ab39
 def variant_of(run: Run) -> str:
     "Text for people where options of adapter or method define another configuration."
-    return ", ".join(filter(None, [run.adapter.variant, run.method.variant, run.info.get("derived")]))
+    pairs = run.info["parameters"].get("n_pairs", 0)
+    parts = [run.adapter.variant, run.method.variant, f"{pairs} pairs" if pairs else ""]
+    return ", ".join(filter(None, [*parts, run.info.get("derived")]))
 
 
 def _label(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
