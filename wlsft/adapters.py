@@ -190,9 +190,8 @@ class FiLM(Adapter):
     def check(self, encoder):
         check_sites(encoder, site_names(encoder, self.blocks))
         if not film_targets(encoder, self.blocks):
-            raise ParameterError(
-                f"{type(encoder).__name__} has no norm with a scale and a shift at its sites"
-            )
+            kind = type(encoder).__name__
+            raise ParameterError(f"{kind} cannot be adapted: no norm with a scale and a shift at its sites")
 
     def attach(self, encoder, images=None, seed=0):
         for norm, slot in film_targets(encoder, self.blocks).values():

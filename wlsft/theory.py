@@ -77,16 +77,17 @@ def flow(
     v_0: np.ndarray,  # the head at time 0, (k,)
     times: Sequence[float],  # rising, the first is 0
     rtol: float = 1e-9,  # relative tolerance of the solver; the absolute one is 1e-12
+    noise: np.ndarray | None = None,  # (n,), added to the labels; None: none
 ) -> tuple[np.ndarray, np.ndarray]:  # v (T, k) and B (T, k, d)
     """Gradient flow of head and features from (`v_0`, `problem.b_0`) by DOP853.
 
     Raises `RuntimeError` if the solver gives up."""
     k, d = problem.b_0.shape
-    gram = problem.x.T @ problem.x
+    labels = problem.x @ problem.w_star + (0.0 if noise is None else noise)
 
     def field(t, y):
         v, b = y[:k], y[k:].reshape(k, d)
-        error = gram @ (b.T @ v - problem.w_star)
+        error = problem.x.T @ (problem.x @ (b.T @ v) - labels)
         return -2 * np.concatenate([b @ error, np.outer(v, error).ravel()])
 
     start = np.concatenate([v_0, problem.b_0.ravel()])

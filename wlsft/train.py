@@ -34,12 +34,13 @@ from wlsft.losses import (
     feature_distance,
     l2_sp,
 )
+from .interpolation import interpolate
 from .models.base import Encoder, input_options
 from .models.features import cached_features
 from .models.image_text import is_text_parameter
 from .models.loop import Objective, finetune
 from .models.optimizer import SCALE_BOUNDS
-from .models.text import TextEmbeddings, embed_texts, prompt_templates
+from .models.text import TextEmbeddings, embed_texts, pair_classifier, prompt_templates
 
 # %% ../nbs/03_train.ipynb #0a0a455c
 class PairHead(nn.Module):
@@ -226,6 +227,11 @@ class WLSFT(Method):
 
     def trains(self, key, adapter):
         return adapter.trains(key) and not is_text_parameter(key)
+
+    def classifier(self, encoder, heads, alpha, class_names):
+        if None in heads or self.text_tower == "one-hot":
+            return None
+        return pair_classifier(interpolate(*heads, alpha), class_names, self.text_tower)
 
     def objective(self, encoder, task):
         penalty = consistency_penalty(encoder, self.consistency)

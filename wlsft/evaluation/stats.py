@@ -87,7 +87,7 @@ def read_rows(
         raise ParameterError(
             "no rows: run `make study` first, or name a folder that holds rows.parquet files"
         )
-    return table.drop_duplicates(["run", "alpha", *_WHAT], ignore_index=True)
+    return table.drop_duplicates(["run", "variant", "alpha", *_WHAT], ignore_index=True)
 
 # %% ../../nbs/evaluation/stats.ipynb #b076eb73
 def select_lr(rows: pd.DataFrame) -> pd.DataFrame:
