@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import tarfile
 from dataclasses import replace
@@ -104,6 +105,8 @@ def data(tmp_path_factory):
     weights = timm.create_model("test_vit", num_classes=0).state_dict()
     teacher = {f"module.backbone.{key}": value for key, value in weights.items()}
     torch.save(dict(teacher=teacher), root / "dino.pth")
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), root / "resnet.pth")
+    (root / "templates.txt").write_text("a photo of a {}.\n")
     write_checksums("imagenet", root)
     return root
 
@@ -217,6 +220,40 @@ def test_the_graph(data, tmp_path):
     places = (f"data={data}", f"runs={tmp_path}")
     code, output = dry_run("study=coco10k", *places, "processes=2", f"set={everywhere}")
     assert code == 0, output[-2000:]
+
+
+PAIRS = dict(encoder="test_vit={}/dino.pth", n_pairs=24, memory_size=4, rank=8)
+CLIP = dict(encoder="clip_openclipart", templates="{}/templates.txt", bf16=False)
+MINIATURES = {  # study -> what replaces its size
+    "lpft_published": dict(encoder="test_resnet={}/resnet.pth", lr=0.001, c_values=2),
+    "wiseft": CLIP,
+    "flyp_imagenet": CLIP,
+    "imagenet20k": PAIRS,
+    "cc20k": PAIRS,
+    "coco10k": PAIRS,
+}
+RUN = list(MINIATURES) if os.environ.get("REQUIRE_STUDIES") else ["lpft_published"]
+
+
+@pytest.mark.parametrize("study", RUN)
+def test_a_study_on_a_miniature(data, tmp_path, study):
+    "Train with two processes, sweep with two, collect, draw."
+    options = dict(epochs=1, batch_size=8, alpha_steps=1) | MINIATURES[study]
+    everywhere = {name: v.format(data) if isinstance(v, str) else v for name, v in options.items()}
+    config = [f"study={study}", f"data={data}", f"runs={tmp_path}", "processes=2", "mem_mb=16000"]
+    config.append(f"set={json.dumps(everywhere)}")
+    command = ["snakemake", "--cores", "2", "--quiet", "--nolock", "--directory", str(ROOT), "--config"]
+    figure = ROOT / f"figures/{study}"
+    assert not figure.exists()
+    try:
+        done = subprocess.run([*command, *config], cwd=ROOT, capture_output=True, text=True, timeout=3000)
+        logs = "".join(path.read_text()[-500:] for path in tmp_path.rglob("*.log"))
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:] + logs
+        assert (figure / "alpha.png").is_file()
+    finally:
+        shutil.rmtree(figure, ignore_errors=True)
+    rows = pd.read_parquet(tmp_path / f"studies/{study}/rows.parquet")
+    assert rows.value.notna().all() and set(rows.alpha) == {0.0, 1.0}
 
 
 def test_the_graph_says_what_is_missing(tmp_path):
