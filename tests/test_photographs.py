@@ -239,7 +239,7 @@ RUN = list(MINIATURES) if os.environ.get("REQUIRE_STUDIES") else ["lpft_publishe
 def test_a_study_on_a_miniature(data, tmp_path, study):
     "Train with two processes, sweep with two, collect, draw."
     options = dict(epochs=1, batch_size=8, alpha_steps=1) | MINIATURES[study]
-    everywhere = {name: v.format(data) if isinstance(v, str) else v for name, v in options.items()}
+    everywhere = json.loads(json.dumps(options).replace("{}", str(data)))
     config = [f"study={study}", f"data={data}", f"runs={tmp_path}", "processes=2", "mem_mb=16000"]
     config.append(f"set={json.dumps(everywhere)}")
     command = ["snakemake", "--cores", "2", "--quiet", "--nolock", "--directory", str(ROOT), "--config"]

@@ -38,11 +38,11 @@ def register_adapter(cls: type["Adapter"]) -> type["Adapter"]:
 
 # %% ../nbs/01_adapters.ipynb #e64dfa98
 class Adapter:
-    "Extra parameters that leave an encoder's function unchanged before training."
+    "Extra parameters that leave an encoder's function unchanged at first."
 
     name: str = ""  # how studies call it
-    prefix: str = ""  # part of every key that it adds, such as ".film."
-    variant: str = ""  # for tables, where options define another method
+    prefix: str = ""  # in every key that it adds
+    variant: str = ""  # for tables
 
     def check(self, encoder: Encoder) -> None:
         "Raises `ParameterError` if it cannot be attached; called before any work."
@@ -50,7 +50,7 @@ class Adapter:
     def attach(
         self,
         encoder: Encoder,  # changed in place
-        images: torch.Tensor | ImageFiles | None = None,  # uint8 (N, 3, H, W), for adapters that record
+        images: torch.Tensor | ImageFiles | None = None,  # uint8 (N, 3, H, W)
         seed: int = 0,  # of new weights
     ) -> Encoder:  # `encoder`
         "Add the modules."
@@ -59,21 +59,21 @@ class Adapter:
     def rebuild(
         self,
         encoder: Encoder,  # changed in place
-        saved: dict[str, torch.Tensor],  # the adapter's tensors, by key
+        saved: dict[str, torch.Tensor],  # its tensors, by key
     ) -> Encoder:  # `encoder`
-        "Add modules with room for saved tensors, without images."
+        "Add modules for saved tensors."
         return self.attach(encoder)
 
     def fold(self, encoder: Encoder) -> Encoder:
-        "Merge the adapter into pretrained weights where that is exact; by default nothing is merged."
+        "Put it into pretrained weights where that is exact; by default nothing."
         return encoder
 
     def merge(self, encoder: Encoder) -> Encoder:  # `encoder`
-        "After training: turn what was added into a change of pretrained weights, for adapters that can."
+        "After training, make it a change of pretrained weights; by default it stays."
         return encoder
 
     def owns(self, key: str) -> bool:
-        "Is this parameter or buffer one that the adapter has added?"
+        "Has the adapter added it?"
         return bool(self.prefix) and self.prefix in key
 
     def trains(self, key: str) -> bool:

@@ -122,7 +122,7 @@ def _keep_entering(encoder: Encoder, kept: dict[str, torch.Tensor]) -> None:
 
         site.register_forward_pre_hook(keep)
 
-
+# %% ../nbs/02_losses.ipynb #16f2f6a0
 def feature_distance(
     encoder: Encoder,  # where it is now is its start; gets hooks
     objective: Objective,

@@ -96,7 +96,8 @@ class Sources:
 
     corpus: str = ""  # a pair corpus, for methods that read one
     suite: str = ""  # a suite, for methods that read labels
-    n_pairs: int = 0  # pairs of a corpus on disk; 0: as many as its name says
+    n_pairs: int = 0  # pairs of a corpus; 0: as many as its name says
+    noise: float = 0.0  # share of a corpus's images whose texts are shuffled among them
     views: str = "own"  # of a suite's images, see `training_views`
     seed: int = 0  # of the order of pairs, of random heads
     root: str | Path = ""  # see `data_folder`
@@ -168,7 +169,6 @@ class Method:
 # %% ../nbs/03_train.ipynb #eb435610
 _SHOWN = {  # option -> its default, and text for people where it differs
     "text_tower": ("minilm", "{} texts"),
-    "noise": (0.0, "{:.0%} of texts shuffled"),
     "color": (True, "no color jitter"),
     "consistency": (0.0, "consistency {:g}"),
     "l2": (0.0, "L2-SP {:g}"),
@@ -185,42 +185,21 @@ def _variant(method: "WLSFT") -> str:
             found.append(label.format(value))
     return ", ".join(found)
 
-# %% ../nbs/03_train.ipynb #bcb89994
-@register_method
-class WLSFT(Method):
-    "Contrastive tuning on weak text."
+# %% ../nbs/03_train.ipynb #a5695527
+def _penalised(method, encoder, task):
+    "The contrastive loss with the penalties of a WLSFT run."
+    penalty = consistency_penalty(encoder, method.consistency)
+    made = pair_objective(task.head, task.pairs, task.texts, method.collisions, penalty)
+    if method.l2:
+        made = l2_sp(encoder, made, method.l2)
+    return feature_distance(encoder, made, method.ldifs) if method.ldifs else made
 
-    name = "WLSFT"
-    adapter = "film"
+# %% ../nbs/03_train.ipynb #069ddcb2
+class _PairMethod(Method):
+    "What WLSFT is besides its parameters."
+
     loop = dict(head_lr=0.03)  # relative, see `PairHead`
-
-    def __init__(
-        self,
-        *,
-        text_tower: str = "minilm",  # MODEL/TAG of open_clip, or one-hot
-        collisions: str = "positives",  # of equal texts: positives, negatives or ignored
-        noise: float = 0.0,  # share of images whose texts are shuffled
-        color: bool = True,  # views with color jitter, some of them gray
-        ridge_l2: float = 0.1,  # of the ridge regression that the head starts from
-        consistency: float = 0.0,  # weight of replay consistency
-        l2: float = 0.0,  # weight of L2-SP
-        ldifs: float = 0.0,  # weight of LDIFS
-    ):
-        check_choice("collisions", collisions, COLLISIONS)
-        self.text_tower = text_tower
-        self.collisions = collisions
-        self.noise = noise
-        self.color = color
-        self.ridge_l2 = check_range("ridge_l2", ridge_l2, 1e-9, 1e9)
-        self.consistency = consistency
-        self.l2 = l2
-        self.ldifs = ldifs
-        self.variant = _variant(self)
-
-    def check(self, adapter):
-        if self.consistency and getattr(adapter, "memory_source", "") != "recorded":
-            needed = "token-replay with memory_source = 'recorded'"
-            raise ParameterError(f"consistency = {self.consistency} needs {needed}")
+    text_tower: str
 
     def task(self, encoder, sources):
         return _pair_task(self, encoder, sources)
@@ -234,16 +213,43 @@ class WLSFT(Method):
         return pair_classifier(interpolate(*heads, alpha), class_names, self.text_tower)
 
     def objective(self, encoder, task):
-        penalty = consistency_penalty(encoder, self.consistency)
-        made = pair_objective(task.head, task.pairs, task.texts, self.collisions, penalty)
-        if self.l2:
-            made = l2_sp(encoder, made, self.l2)
-        return feature_distance(encoder, made, self.ldifs) if self.ldifs else made
+        return _penalised(self, encoder, task)
+
+# %% ../nbs/03_train.ipynb #bcb89994
+@register_method
+class WLSFT(_PairMethod):
+    "Contrastive tuning on weak text."
+
+    name = "WLSFT"
+    adapter = "film"
+
+    def __init__(
+        self,
+        *,
+        text_tower: str = "minilm",  # MODEL/TAG of open_clip, or one-hot
+        collisions: str = "positives",  # positives, negatives or ignored
+        color: bool = True,  # jittered, some views gray
+        ridge_l2: float = 0.1,  # of the head's start
+        consistency: float = 0.0,  # weight of replay consistency
+        l2: float = 0.0,  # weight of L2-SP
+        ldifs: float = 0.0,  # weight of LDIFS
+    ):
+        check_choice("collisions", collisions, COLLISIONS)
+        self.text_tower = text_tower
+        self.collisions = collisions
+        self.color = color
+        self.ridge_l2 = check_range("ridge_l2", ridge_l2, 1e-9, 1e9)
+        self.consistency, self.l2, self.ldifs = consistency, l2, ldifs
+        self.variant = _variant(self)
+
+    def check(self, adapter):
+        if self.consistency and getattr(adapter, "memory_source", "") != "recorded":
+            raise ParameterError("consistency needs token-replay with memory_source = 'recorded'")
 
 # %% ../nbs/03_train.ipynb #75be8938
 def _pair_task(method: WLSFT, encoder: Encoder, sources: Sources) -> Task:
     "A pair corpus, its embedded texts, and the head from ridge regression on frozen features."
-    pairs = with_shuffled_texts(load_pairs_for(encoder, sources), method.noise, sources.seed)
+    pairs = load_pairs_for(encoder, sources)
     texts = embed_texts(pairs.texts, method.text_tower, sources.cache or None)
     features = cached_features(encoder, pairs.images, sources.cache)
     head = PairHead(*ridge_regression(features, texts.mean(pairs.group), method.ridge_l2))
@@ -260,7 +266,7 @@ def load_pairs_for(
     side = encoder.pretrained_cfg["input_size"][-1]
     templates = prompt_templates() if sources.corpus in EMOJISHIFT_CORPORA else None
     options = (sources.root, side, sources.n_pairs, sources.seed, sources.cache, templates)
-    return load_pairs(sources.corpus, *options)
+    return with_shuffled_texts(load_pairs(sources.corpus, *options), sources.noise, sources.seed)
 
 # %% ../nbs/03_train.ipynb #84cf660b
 def load_training(

@@ -156,28 +156,28 @@ class _Loop:
 
 # %% ../../nbs/models/loop.ipynb #1e640159
 def finetune(
-    encoder: Encoder,  # `requires_grad` marks what trains
+    encoder: Encoder,  # see `requires_grad`
     head: nn.Module,  # trains
     images: torch.Tensor | ImageFiles,  # uint8 (N, 3, H, W)
     objective: Objective,  # see `Objective`
     *,
-    epochs: int = 1,  # passes over the images
-    batch_size: int = 128,  # images a step
-    lr: float = 1e-3,  # peak rate of encoder or adapter
-    head_lr: float = 1e-3,  # peak rate of the head
+    epochs: int = 1,  # passes
+    batch_size: int = 128,  # a step
+    lr: float = 1e-3,  # peak rate of the encoder
+    head_lr: float = 1e-3,  # of the head
     weight_decay: float = 0.01,  # of matrices
-    decay_all: bool = False,  # of vectors and the head too
+    decay_all: bool = False,  # of vectors and head
     optimizer: str = "adamw",  # or sgd
     warmup_steps: int = 0,  # 0: a tenth of all
-    max_grad_norm: float = 1.0,  # longer gradients are cut; 0: none
-    micro_batch_size: int = 0,  # rows held at once; 0: all
-    bf16: bool = False,  # half precision in the encoder
+    max_grad_norm: float = 1.0,  # of gradients; 0: none
+    micro_batch_size: int = 0,  # 0: all at once
+    bf16: bool = False,  # half precision
     compiled: bool = False,  # torch.compile
-    keep_epochs: bool = False,  # weights of each, by the checkpoint
-    seed: int = 0,  # of order, views and texts
-    views: dict[str, Any] | None = None,  # options of `random_views`
+    keep_epochs: bool = False,  # write each
+    seed: int = 0,  # of order and views
+    views: dict[str, Any] | None = None,  # of `random_views`
     checkpoint: Path | None = None,  # to resume from
-) -> list[float]:  # mean loss of each epoch
+) -> list[float]:  # mean losses
     "Fine-tune in place; resumes."
     made = make_optimizer(encoder, head, lr, head_lr, weight_decay, decay_all, optimizer)
     step = dict(micro_batch_size=micro_batch_size, bf16=bf16, max_grad_norm=max_grad_norm)

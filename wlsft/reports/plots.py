@@ -49,9 +49,6 @@ STYLE = {  # (method, adapter, variant); tables and legends keep this order
     ("WLSFT", "full", ""): Style("full fine-tuning", BLUE, "o"),
     ("WLSFT", "film", ""): Style("FiLM", ORANGE, "D"),
     ("WLSFT", "token-replay", ""): Style("token replay", GREEN, "^"),
-    ("WLSFT", "lora", ""): Style("LoRA", PURPLE, "v"),
-    ("WLSFT", "ln-tune", ""): Style("LN-Tune", RED, "<"),
-    ("WLSFT", "bitfit", ""): Style("BitFit", SKY, ">"),
     ("WLSFT", "token-replay", "learned"): Style("learned tokens", SKY, "v"),
     ("WLSFT", "token-replay", "gaussian"): Style("Gaussian tokens", PURPLE, "s"),
     ("WLSFT", "token-replay", "register"): Style("one register", YELLOW, "P"),
@@ -61,6 +58,13 @@ STYLE = {  # (method, adapter, variant); tables and legends keep this order
 }
 _COLOR_CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, YELLOW)
 _MARKER_CYCLE = "oD^sPv<>X*hpd"
+
+# %% ../../nbs/reports/plots.ipynb #906b8b81
+STYLE |= {
+    ("WLSFT", "lora", ""): Style("LoRA", PURPLE, "v"),
+    ("WLSFT", "ln-tune", ""): Style("LN-Tune", RED, "<"),
+    ("WLSFT", "bitfit", ""): Style("BitFit", SKY, ">"),
+}
 
 # %% ../../nbs/reports/plots.ipynb #c8033f20
 SPLIT_STYLES = {

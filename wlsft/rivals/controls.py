@@ -46,7 +46,7 @@ def grouped_objective(
 
     return loss
 
-
+# %% ../../nbs/rivals/controls.ipynb #245a4f53
 @register_method
 class SimCLR(Method):
     "Two views of one image are positives; texts are not read (Chen et al. 2020)."

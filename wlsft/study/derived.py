@@ -59,7 +59,10 @@ def depths(
 ) -> dict[str, float]:  # key of the state dict -> 0 for the first layer to 1 for the last
     "How deep each tensor lies."
     sites = adapter_sites(encoder)
-    scopes = [name if is_vit_block(site) else stage_of(encoder, name) for name, site in sites.items()]
+    is_vit = all(is_vit_block(site) for site in sites.values())
+    scopes = list(sites)
+    if not is_vit:
+        scopes = [stage_of(encoder, name) for name in sites]
     found, deepest = {}, 0.0
     for key in encoder.state_dict():
         layer = [i for i, scope in enumerate(scopes) if key.startswith(f"{scope}.")]
@@ -111,7 +114,7 @@ def soup(runs: Sequence[Run]) -> Run:
             theta[key] = torch.stack([run.theta_1[key] for run in runs]).mean(0)
     return _derived(runs[0], theta, f"soup of {len(runs)}", [run.info["theta"] for run in runs])
 
-
+# %% ../../nbs/study/derived.ipynb #ed9dcb08
 def stock_ratio(
     updates: Sequence[torch.Tensor],  # of one tensor in k runs
 ) -> float:  # in [0, 1]

@@ -81,7 +81,7 @@ def _train(p: dict[str, Any], folder: Path, root: str | Path, device: torch.devi
     started = time.time()
     encoder = load_encoder(p["encoder"], root)
     pretrained = weights_digest(encoder)
-    names = ("corpus", "suite", "views", "n_pairs", "seed")
+    names = ("corpus", "suite", "views", "n_pairs", "noise", "seed")
     given = {name: p[name] for name in names if name in p}
     sources = Sources(**given, root=root, cache=folder.parent / "cache")
     start = clone_state(encoder)

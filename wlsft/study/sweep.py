@@ -224,8 +224,12 @@ def _score(
 # %% ../../nbs/study/sweep.ipynb #4e45ab39
 def variant_of(run: Run) -> str:
     "Text for people where options of adapter or method define another configuration."
-    pairs = run.info["parameters"].get("n_pairs", 0)
-    parts = [run.adapter.variant, run.method.variant, f"{pairs} pairs" if pairs else ""]
+    p = run.info["parameters"]
+    parts = [run.adapter.variant, run.method.variant]
+    if p.get("n_pairs"):
+        parts.append(f"{p['n_pairs']} pairs")
+    if p.get("noise"):
+        parts.append(f"{p['noise']:.0%} of texts shuffled")
     return ", ".join(filter(None, [*parts, run.info.get("derived")]))
 
 
