@@ -58,6 +58,8 @@ def smallest(module):
 
 
 def families():
+    if ALL and "," in ALL:
+        return ALL.strip(",").split(",")
     if not ALL:
         return FEW
     return [name for name in map(smallest, timm.list_modules()) if name]
@@ -85,7 +87,7 @@ def loaded(name, folder):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5).eval()
     path = folder / f"{name}.safetensors"
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, path)  # some share memory
     size = f"@{SMALL[name]}" if name in SMALL else ""
     return f"{name}{size}={path}"
 

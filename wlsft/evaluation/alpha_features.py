@@ -95,6 +95,12 @@ def _sees_images(encoder: Encoder, key: str) -> bool:
     "Does this tensor act on images? In an image-text model only the visual tower's do."
     return not hasattr(encoder, "encode_text") or key.startswith("clip.visual")
 
+# %% ../../nbs/evaluation/alpha_features.ipynb #a8dd01e1
+def _unshared(encoder: nn.Module) -> set[str]:
+    "Names of parameters and buffers, each tensor under one name: some networks share them between modules."
+    named = [*encoder.named_parameters(), *encoder.named_buffers()]
+    return {name for name, _ in named}
+
 # %% ../../nbs/evaluation/alpha_features.ipynb #fabb247a
 class InterpolatedEncoder(Encoder):
     "An encoder at many alphas at once."
@@ -113,7 +119,9 @@ class InterpolatedEncoder(Encoder):
         self.batch_shape = (len(alphas),)
         self.pretrained_cfg = encoder.pretrained_cfg
         self.num_features = encoder.num_features
-        self.changed = [key for key in changed_keys(theta_0, theta_1) if _sees_images(encoder, key)]
+        once = _unshared(encoder)
+        changed = [key for key in changed_keys(theta_0, theta_1) if key in once]
+        self.changed = [key for key in changed if _sees_images(encoder, key)]
         for i, key in enumerate(self.changed):
             self.register_buffer(f"end_{i}", theta_1[key].to(theta_0[key].device))
         values = torch.tensor(self.alphas, dtype=torch.float64, device="cpu")
