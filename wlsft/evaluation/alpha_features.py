@@ -65,11 +65,13 @@ def _reusing(forward: Callable) -> Callable:
     last: list = []  # input, output, versions of both
 
     def forward_or_reuse(x: torch.Tensor, *args, **kwargs):
-        if args or any(value is not None for value in kwargs.values()):
+        if args or any(value is not None for value in kwargs.values()) or not torch.is_tensor(x):
             return forward(x, *args, **kwargs)
         intact = bool(last) and last[2] == (last[0]._version, last[1]._version)  # not written into since
         if not (intact and torch.equal(last[0], x)):
             y = forward(x)
+            if not torch.is_tensor(y):
+                return y
             last[:] = (x, y, (x._version, y._version))
         return last[1]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ..core.params import ParameterError, check_choice
 from ..datasets.base import DataError
@@ -196,6 +197,20 @@ def _pretrained(kind: str, path: str, root: str | Path) -> Any:
         raise _unknown_encoder(kind)
     return load_image_text(kind, root)
 
+# %% ../../nbs/models/encoders.ipynb #192f79ca
+class _Forgetful(dict):
+    "A cache that never has what is asked for."
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
+def _forget_biases(model: nn.Module) -> None:
+    "Have timm's attention biases looked up in every pass."
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_bias_cache", None), dict):
+            module.attention_bias_cache = _Forgetful()
+
 # %% ../../nbs/models/encoders.ipynb #b7dd0709
 def load_encoder(
     name: str,  # a shipped encoder, a timm model, MODEL=FILE, or an image-text model (`models/image_text`)
@@ -218,6 +233,7 @@ def load_encoder(
         raise ParameterError(f"img_size = {size} is no option of the image-text model {name}")
     if size:
         model = resize_input(model, size)
+    _forget_biases(model)
     _measure_width(model.eval(), name)
     model = model.to(memory_format=torch.channels_last)  # convolutions on a CPU are 1.5 times as fast
     return cast(Encoder, model)
