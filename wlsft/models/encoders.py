@@ -7,6 +7,7 @@ __all__ = ['SHIPPED_ENCODERS', 'POOLS', 'is_timm', 'split_encoder', 'load_encode
 
 # %% ../../nbs/models/encoders.ipynb #9c5896a3
 import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -198,18 +199,16 @@ def _pretrained(kind: str, path: str, root: str | Path) -> Any:
     return load_image_text(kind, root)
 
 # %% ../../nbs/models/encoders.ipynb #192f79ca
-class _Forgetful(dict):
-    "A cache that never has what is asked for."
-
-    def __contains__(self, key: object) -> bool:
-        return False
+def _biases_now(self, device):
+    "The attention biases of a module of timm, from its present weights."
+    return self.attention_biases[:, self.attention_bias_idxs]
 
 
 def _forget_biases(model: nn.Module) -> None:
     "Have timm's attention biases looked up in every pass."
     for module in model.modules():
-        if isinstance(getattr(module, "attention_bias_cache", None), dict):
-            module.attention_bias_cache = _Forgetful()
+        if hasattr(module, "attention_bias_cache"):
+            vars(module)["get_attention_biases"] = types.MethodType(_biases_now, module)
 
 # %% ../../nbs/models/encoders.ipynb #b7dd0709
 def load_encoder(
