@@ -110,7 +110,7 @@ def figure_tradeoff(
             ax.plot(part["ID"], part[name], color=style.color, marker=".", lw=1)
             ax.plot(part["ID"].iloc[-1], part[name].iloc[-1], style.marker, color=style.color, label=label)
         ax.axhline(0, color="0.8", lw=0.8, zorder=0)
-        ax.set(xlabel="change of ID (points)", ylabel=f"change of {name} (points)")
+        ax.set(xlabel="change of ID (points)", ylabel=f"{name} (points)")
     axes[0, -1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig, wide
 
