@@ -21,13 +21,13 @@ def lora_targets(
     encoder: Encoder,  # a timm model, or an image-text model
     blocks: Sequence[int] = (),  # indices of sites; empty: all
 ) -> list[str]:
-    "Names of the linear layers of ViT blocks, or of the ungrouped convolutions of CNN stages."
+    "Names of the linear layers of ViT blocks, or of the dense convolutions of CNN stages."
     found = []
     for name in site_names(encoder, blocks):
         vit = is_vit_block(encoder.get_submodule(name))
         scope = name if vit else stage_of(encoder, name)
         for key, module in encoder.get_submodule(scope).named_modules():
-            dense = isinstance(module, nn.Conv2d) and module.groups == 1
+            dense = type(module) is nn.Conv2d and module.groups == 1 and module.dilation == (1, 1)
             if isinstance(module, nn.Linear) if vit else dense:
                 found.append(f"{scope}.{key}")
     return found
