@@ -98,10 +98,11 @@ def _sees_images(encoder: Encoder, key: str) -> bool:
     return not hasattr(encoder, "encode_text") or key.startswith("clip.visual")
 
 # %% ../../nbs/evaluation/alpha_features.ipynb #a8dd01e1
-def _unshared(encoder: nn.Module) -> set[str]:
-    "Names of parameters and buffers, each tensor under one name: some networks share them between modules."
+def _unshared(encoder: nn.Module, keys: Sequence[str]) -> list[str]:
+    "The keys, with one name for each tensor: some networks share them between modules."
     named = [*encoder.named_parameters(), *encoder.named_buffers()]
-    return {name for name, _ in named}
+    once = {name for name, _ in named}
+    return [key for key in keys if key in once]
 
 # %% ../../nbs/evaluation/alpha_features.ipynb #fabb247a
 class InterpolatedEncoder(Encoder):
@@ -121,8 +122,7 @@ class InterpolatedEncoder(Encoder):
         self.batch_shape = (len(alphas),)
         self.pretrained_cfg = encoder.pretrained_cfg
         self.num_features = encoder.num_features
-        once = _unshared(encoder)
-        changed = [key for key in changed_keys(theta_0, theta_1) if key in once]
+        changed = _unshared(encoder, changed_keys(theta_0, theta_1))
         self.changed = [key for key in changed if _sees_images(encoder, key)]
         for i, key in enumerate(self.changed):
             self.register_buffer(f"end_{i}", theta_1[key].to(theta_0[key].device))

@@ -30,7 +30,8 @@ def _without_head(weights: dict[str, torch.Tensor], model: Any) -> dict[str, tor
     "The weights less those of a classifier, or below `head`, that the model has no place for."
     classifier = model.pretrained_cfg["classifier"]
     names = [classifier] if isinstance(classifier, str) else list(classifier or [])
-    heads = tuple(f"{name}." for name in [*names, "head"])
+    modules = [name.rpartition(".")[0] or name for name in names]  # such as head_dist of head_dist.linear
+    heads = tuple(f"{name}." for name in [*modules, "head"])
     state = model.state_dict()
     return {k: v for k, v in weights.items() if k in state or not k.startswith(heads)}
 
