@@ -98,11 +98,11 @@ def _sees_images(encoder: Encoder, key: str) -> bool:
     return not hasattr(encoder, "encode_text") or key.startswith("clip.visual")
 
 # %% ../../nbs/evaluation/alpha_features.ipynb #a8dd01e1
-def _unshared(encoder: nn.Module, keys: Sequence[str]) -> list[str]:
-    "The keys, with one name for each tensor: some networks share them between modules."
+def _on_images(encoder: Encoder, keys: Sequence[str]) -> list[str]:
+    "Keys that act on images, one for each tensor: some networks share them between modules."
     named = [*encoder.named_parameters(), *encoder.named_buffers()]
     once = {name for name, _ in named}
-    return [key for key in keys if key in once]
+    return [key for key in keys if key in once and _sees_images(encoder, key)]
 
 # %% ../../nbs/evaluation/alpha_features.ipynb #fabb247a
 class InterpolatedEncoder(Encoder):
@@ -122,8 +122,7 @@ class InterpolatedEncoder(Encoder):
         self.batch_shape = (len(alphas),)
         self.pretrained_cfg = encoder.pretrained_cfg
         self.num_features = encoder.num_features
-        changed = _unshared(encoder, changed_keys(theta_0, theta_1))
-        self.changed = [key for key in changed if _sees_images(encoder, key)]
+        self.changed = _on_images(encoder, changed_keys(theta_0, theta_1))
         for i, key in enumerate(self.changed):
             self.register_buffer(f"end_{i}", theta_1[key].to(theta_0[key].device))
         values = torch.tensor(self.alphas, dtype=torch.float64, device="cpu")
