@@ -59,6 +59,13 @@ def report_flags() -> str:
     return parameters(dict(rows=f"{RUNS}/studies/{STUDY}", out=f"figures/{STUDY}", draws=2000, data=DATA))
 
 
+# Not a `run:` block: that would read this file again in another process, whose names of runs differ if code or files have changed meanwhile.
+COLLECT = (
+    "import sys; from wlsft.evaluation.stats import read_rows; from wlsft.study.sweep import write_rows; "
+    "write_rows(read_rows(sys.argv[3:]).assign(study=sys.argv[1]), sys.argv[2])"
+)
+
+
 wildcard_constraints:
     run=r"[^/]+",
     rows=r"[0-9a-f]+",
@@ -105,10 +112,8 @@ rule collect:
         names=NAMES,
         rows=[f"{RUNS}/{run}/rows-{rows}.parquet" for run, rows in PLAN],
     output: f"{RUNS}/studies/{STUDY}/rows.parquet",
-    run:
-        from wlsft.evaluation.stats import read_rows
-        from wlsft.study.sweep import write_rows
-        write_rows(read_rows(input.rows).assign(study=STUDY), output[0])  # a shared run's rows carry the label of whoever swept it
+    params: program=COLLECT
+    shell: "python -c {params.program:q} {STUDY} {output:q} {input.rows:q}"  # the rows of a shared run carry the label of whoever swept it
 
 
 rule figures:

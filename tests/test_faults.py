@@ -184,7 +184,10 @@ def test_rows_that_are_not_rows(tmp_path):
 def test_unknown_study_names_those_there_are():
     command = ["snakemake", "-n", "--config", "study=nothing"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and "there are: cc20k, coco10k, emojishift" in done.stdout + done.stderr
+    assert (
+        done.returncode != 0
+        and "there are: cc20k, coco10k, controls, dose, emojishift" in done.stdout + done.stderr
+    )
 
 
 def test_a_small_bank_is_drawn(tmp_path):

@@ -244,7 +244,8 @@ class WLSFT(_PairMethod):
 
     def check(self, adapter):
         if self.consistency and getattr(adapter, "memory_source", "") != "recorded":
-            raise ParameterError("consistency needs token-replay with memory_source = 'recorded'")
+            needed = "token-replay with memory_source = 'recorded'"
+            raise ParameterError(f"consistency = {self.consistency} needs {needed}")
 
 # %% ../nbs/03_train.ipynb #75be8938
 def _pair_task(method: WLSFT, encoder: Encoder, sources: Sources) -> Task:
