@@ -157,25 +157,25 @@ class _Loop:
 # %% ../../nbs/models/loop.ipynb #1e640159
 def finetune(
     encoder: Encoder,  # see `requires_grad`
-    head: nn.Module,  # trains
+    head: nn.Module,
     images: torch.Tensor | ImageFiles,  # uint8 (N, 3, H, W)
-    objective: Objective,  # see `Objective`
+    objective: Objective,
     *,
     epochs: int = 1,  # passes
-    batch_size: int = 128,  # a step
+    batch_size: int = 128,  # images a step
     lr: float = 1e-3,  # peak rate of the encoder
     head_lr: float = 1e-3,  # of the head
     weight_decay: float = 0.01,  # of matrices
     decay_all: bool = False,  # of vectors and head
     optimizer: str = "adamw",  # or sgd
     warmup_steps: int = 0,  # 0: a tenth of all
-    max_grad_norm: float = 1.0,  # of gradients; 0: none
-    micro_batch_size: int = 0,  # 0: all at once
+    max_grad_norm: float = 1.0,  # longer ones are cut; 0: none
+    micro_batch_size: int = 0,  # held at once; 0: all
     bf16: bool = False,  # half precision
     compiled: bool = False,  # torch.compile
-    keep_epochs: bool = False,  # write each
+    keep_epochs: bool = False,  # write weights after each
     seed: int = 0,  # of order and views
-    views: dict[str, Any] | None = None,  # of `random_views`
+    views: dict[str, Any] | None = None,
     checkpoint: Path | None = None,  # to resume from
 ) -> list[float]:  # mean losses
     "Fine-tune in place; resumes."

@@ -118,7 +118,7 @@ def soup(runs: Sequence[Run]) -> Run:
 def stock_ratio(
     updates: Sequence[torch.Tensor],  # of one tensor in k runs
 ) -> float:  # in [0, 1]
-    "How much of the mean update Model Stock keeps (Jang et al. 2024, eq. 3 for k runs)."
+    "How much of the mean update Model Stock keeps (Jang et al. 2024)."
     k = len(updates)
     flat = [update.flatten() for update in updates]
     pairs = itertools.combinations(flat, 2)
