@@ -54,9 +54,10 @@ def percentile_interval(
     return float(draws[0]), float(low), float(high)
 
 # %% ../../nbs/evaluation/stats.ipynb #a6ce6f55
-_WHO = ["study", "run", "method", "adapter", "variant", "corpus", "encoder", "lr", "seed", "alpha"]
+_WHO = ["study", "run", "method", "adapter", "variant", "corpus", "encoder"]
+_HOW = ["lr", "epochs", "n_pairs", "noise", "seed", "alpha"]
 _WHAT = ["scorer", "bank", "layer", "k", "temperature", "set", "split", "metric"]
-COLUMNS = [*_WHO, *_WHAT, "value", "n", "correct", "cluster"]
+COLUMNS = [*_WHO, *_HOW, *_WHAT, "value", "n", "correct", "cluster"]
 CONFIG = ["encoder", "corpus", "method", "adapter", "variant"]  # a configuration
 KEY = [*CONFIG, "alpha"]
 

@@ -51,7 +51,7 @@ def at_epoch(
         part, _, inner = key.partition(".")
         parts[part][inner] = tensor
     tuned = _derived(run, {**run.theta_1, **parts["encoder"]}, f"epoch {epoch}", file_sha256(path))
-    return replace(tuned, head_1=parts["head"] or run.head_1)
+    return replace(tuned, head_1=parts["head"] or run.head_1, info=tuned.info | dict(epochs=epoch))
 
 # %% ../../nbs/study/derived.ipynb #a1dd0740
 def depths(

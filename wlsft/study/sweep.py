@@ -238,7 +238,8 @@ def _label(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
     p = run.info["parameters"]
     labels = dict(run=run.name, method=run.method.name, adapter=run.adapter.name, variant=variant_of(run))
     labels |= dict(corpus=run.info.get("corpus", p.get("corpus", "")), encoder=p["encoder"])
-    labels |= dict(lr=p.get("lr", 0.0), seed=p["seed"])
+    labels |= dict(lr=p.get("lr", 0.0), epochs=run.info.get("epochs", p.get("epochs", 0)), seed=p["seed"])
+    labels |= dict(n_pairs=p.get("n_pairs", 0), noise=p.get("noise", 0.0))
     rows = rows.assign(**labels)
     return rows[[column for column in COLUMNS if column in rows]]
 
