@@ -19,7 +19,7 @@ from ..core.params import ParameterError, check_choice
 from ..datasets.base import DataError
 from .base import Encoder
 from .image_text import is_image_text, load_image_text
-from .shipped import load_dinov2_small, load_lite0, resize_input
+from .shipped import load_dinov2_small, load_lite, resize_input
 from .weights import backbone, load_file_of_weights
 
 # %% ../../nbs/models/encoders.ipynb #2dbd6767
@@ -190,7 +190,7 @@ def _pretrained(kind: str, path: str, root: str | Path) -> Any:
     if kind in SHIPPED_ENCODERS and path:
         raise ParameterError(f"encoder = {kind!r} is shipped with its weights; it takes no file")
     if kind == "tf_efficientnet_lite0":
-        return load_lite0()
+        return load_lite()
     if kind == "dinov2_small":
         return load_dinov2_small(root)
     if is_timm(kind):
