@@ -91,6 +91,7 @@ RANGES: dict[str, tuple[float, float]] = {  # name -> smallest and largest value
     "eps": (0, 2**0.5),
     "head_lr": (0, 10),
     "heads": (1, 256),
+    "held_out": (0, 0.9),
     "k": (1, 100_000),
     "l2": (0, 1e6),
     "ldifs": (0, 1e6),

@@ -62,6 +62,7 @@ class Suite:
     metrics: tuple[str, ...] = ("accuracy",)  # that the benchmark reports
     groups: np.ndarray | None = None  # str (N,), of the metric `worst_group`; None: clusters
     left_out: dict[str, int] = field(default_factory=dict)  # set -> unreadable queries
+    texts: list[list[str]] | None = None  # of each class, where a class is a text of held-out pairs
 
     @property
     def class_names(self) -> list[str]:

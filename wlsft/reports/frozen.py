@@ -24,7 +24,7 @@ from ..knn_eval import knn_rows, required_rows, retention_sets
 from ..models.base import Encoder, input_options
 from ..models.encoders import load_encoder
 from ..models.features import extract_features
-from ..models.shipped import load_lite, resize_input
+from ..models.shipped import load_lite
 from ..models.text import embed_texts
 from .plots import outside_legend, panels, style_of
 from .tables import format_interval
@@ -124,8 +124,8 @@ def mapped_features(
     yield "ridge to words", words - (x @ weight.T + bias).mean(0)
 
 # %% ../../nbs/reports/frozen.ipynb #0d4658bd
-SIZES = {"dinov2_small": (56, 70, 98, 126), "tf_efficientnet_lite0": (64, 96, 128, 160)}
-LARGER = {"tf_efficientnet_lite1": (1, (128, 160)), "tf_efficientnet_lite2": (2, (128, 160))}
+SIZES = {"dinov2_small": (56, 70, 98), "tf_efficientnet_lite0": (64, 128, 160)}
+LARGER = {"tf_efficientnet_lite1": 1, "tf_efficientnet_lite2": 2}  # at 128 pixels
 DEPTHS = (5, 7, 9)  # blocks of `dinov2_small` kept of 11
 MAPPED = ("dinov2_small", "tf_efficientnet_lite0")  # at their own size
 
@@ -147,9 +147,8 @@ def _references(root: str) -> Iterator[tuple[str, str, Encoder]]:  # name, varia
     vit = load_encoder("dinov2_small", root)
     for depth in DEPTHS:
         yield "dinov2_small@70", f"{depth} blocks", at_depth(vit, depth)
-    for name, (number, larger) in LARGER.items():
-        for size in larger:
-            yield f"{name}@{size}", "", resize_input(load_lite(number), size).eval()
+    for name, number in LARGER.items():
+        yield f"{name}@128", "", load_lite(number).eval()
 
 
 def _pixels(images: torch.Tensor) -> torch.Tensor:

@@ -18,21 +18,24 @@ import torch
 from ..core.distributed import rank_and_world, wait_for_others
 from ..core.files import atomic_write, progress
 from ..core.hashing import code_digest, digest
-from ..core.params import check_choice, check_parameters, check_values, fill_defaults
+from ..core.params import check_choice, check_parameters, check_range, check_values, fill_defaults
 from ..datasets.base import DataError, Suite, without
 from ..datasets.corpora import default_suite
+from ..datasets.held_out import HELD_OUT, held_out_suite
 from ..datasets.readable import unreadable as unreadable_images
 from ..datasets.suites import check_suite, load_suite, suite_fingerprint
 from ..evaluation.distortion import distortion_rows, held_out_features
 from ..evaluation.metrics import METRICS
 from ..evaluation.probe import head_rows, probe_rows
+from ..evaluation.retrieval import retrieval_rows
 from ..evaluation.stats import COLUMNS
 from ..interpolation import interpolate
 from ..knn_eval import knn_rows, retention_sets
 from ..models.base import input_options
 from .derived import AFTER
-from .runs import Run
+from .runs import Run, sources_of
 from .sweep_features import SweepPlan, images_key, sweep_features
+from ..train import load_pairs_for
 
 # %% ../../nbs/study/sweep.ipynb #65b3b2c5
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def _score_knn(point: Point) -> pd.DataFrame:
 def _score_head(point: Point) -> pd.DataFrame:
     heads = (point.run.head_0, point.run.head_1)
     names = point.suite.class_names
+    if point.suite.texts is not None:
+        return pd.DataFrame()
     classifier = point.run.method.classifier(point.run.encoder, heads, point.alpha, names)
     if classifier is None:
         return pd.DataFrame()
@@ -93,13 +98,23 @@ def _score_probe(point: Point) -> pd.DataFrame:
 def _score_distortion(point: Point) -> pd.DataFrame:
     return distortion_rows(point.before or {}, held_out_features(point.run.encoder, point.suite))
 
+# %% ../../nbs/study/sweep.ipynb #41db36ae
+@register_scorer("retrieval")
+def _score_retrieval(point: Point) -> pd.DataFrame:
+    run, texts = point.run, point.suite.texts
+    if texts is None:
+        return pd.DataFrame()
+    heads = (run.head_0, run.head_1)
+    space = run.method.image_text_space(run.encoder, heads, point.alpha, point.features, texts)
+    return pd.DataFrame() if space is None else retrieval_rows(*space, point.suite)
+
 # %% ../../nbs/study/sweep.ipynb #5dc45277
 SWEEP: dict[str, Any] = dict(
     suite="",  # empty: the run's own, see `suite_of`
     alpha_steps=10,  # alpha goes from 0 to 1 in this many steps
     stride=1,  # every n-th query by every n-th image of the bank, for a quick look; 1: all
     all_banks=False,  # at alpha 0 and 1, also the seen concepts and all banks
-    scorers=["knn", "head"],  # any of `SCORERS`
+    scorers=["knn", "head", "retrieval"],  # any of `SCORERS`
     metrics=["accuracy"],  # any of `METRICS`
     max_feature_error=0.0,  # 0: compute every alpha; else interpolate features up to this relative error
     bf16=False,  # half precision in the encoder; search and probe are always in single
@@ -121,7 +136,7 @@ def resolve_sweep(
         check_choice("metrics", name, METRICS)
     check_choice("unreadable", p["unreadable"], ("refuse", "skip"))
     check_choice("after", p["after"], ("", *AFTER))
-    if p["suite"]:
+    if p["suite"] and p["suite"] != HELD_OUT:
         check_suite(p["suite"])
     return p
 
@@ -146,9 +161,14 @@ def suite_of(
     suite: str = "",  # its name; empty: the suite that the run was tuned on, or the default of its corpus
     root: str | Path = "",  # see `data_folder`
 ) -> Suite:
-    "The suite to score a run on, decoded for its encoder. Raises `ParameterError` where none is known."
+    """The suite to score a run on, decoded for its encoder; `held-out` are the pairs that it did not see.
+
+    Raises `ParameterError` where none is known."""
     p = run.info["parameters"]
     name = suite or p.get("suite") or default_suite(p.get("corpus", ""))
+    if name == HELD_OUT or (not name and p.get("held_out")):
+        check_range("held_out", p.get("held_out", 0.0), 1e-9, 0.9)
+        return held_out_suite(load_pairs_for(run.encoder, sources_of(p, root), "held-out"))
     if not name:
         check_suite(name)
     return load_suite(name, root, **input_options(run.encoder))
@@ -182,7 +202,7 @@ def alpha_sweep(
     run: Run,  # its encoder is left at `theta_0`
     suite: Suite,  # see `suite_of`
     alphas: Sequence[float],  # each in [0, 1]
-    scorers: Sequence[str] = ("knn", "head"),  # any of `SCORERS`
+    scorers: Sequence[str] = ("knn", "head", "retrieval"),  # any of `SCORERS`
     metrics: Sequence[str] = ("accuracy",),  # any of `METRICS`
     all_banks: bool = False,  # at alpha 0 and 1, also the seen concepts and all banks
     cache: str | Path = "",  # a folder: sweeps continue there and share alpha 0
@@ -230,6 +250,8 @@ def variant_of(run: Run) -> str:
         parts.append(f"{p['n_pairs']} pairs")
     if p.get("noise"):
         parts.append(f"{p['noise']:.0%} of texts shuffled")
+    if p.get("held_out"):
+        parts.append(f"{p['held_out']:.0%} of texts held out")
     return ", ".join(filter(None, [*parts, run.info.get("derived")]))
 
 
