@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from wlsft.core.params import ParameterError
 from wlsft.datasets.base import DataError, data_folder
-from wlsft.datasets.captions import table_pairs
+from wlsft.datasets.own_tables import table_pairs
 from wlsft.datasets.img2dataset import TarSource, tar_members, tar_pairs
 from wlsft.datasets.corpora import coco_pairs
 from wlsft.datasets.emojishift import read_style

@@ -21,7 +21,8 @@ from .lp_ft import FT
 from .models.image_text import ImageText, check_prompts, is_text_parameter, zero_shot_head
 from .models.loop import Objective, checkpointed
 from .models.text import TextEmbeddings, prompt_templates
-from .train import Method, Task, load_pairs_for, load_training, register_method
+from .models.sources import load_pairs_for, load_training
+from .train import Method, Task, register_method
 
 # %% ../nbs/07_flyp.ipynb #9d671769
 def prompt_tokens(

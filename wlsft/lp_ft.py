@@ -24,7 +24,8 @@ from .models.features import cached_features
 from .models.image_text import ImageText, is_text_parameter, zero_shot_head
 from .models.loop import Objective
 from .models.text import prompt_templates
-from .train import Method, Sources, Task, load_training, register_method
+from .models.sources import Sources, load_training
+from .train import Method, Task, register_method
 
 # %% ../nbs/06_lp_ft.ipynb #f6ecb8a4
 def class_objective(

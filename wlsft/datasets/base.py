@@ -57,12 +57,12 @@ class Suite:
     banks: dict[str, dict[str, torch.Tensor]]  # id, own or mixed -> set -> indices
     class_map: dict[str, torch.Tensor] = field(default_factory=dict)  # set -> int64 (C,): its class, or -1
     own_k: dict[str, int] = field(default_factory=dict)  # set -> k for its own, small bank
-    version: str = ""  # changes when its files do
-    spelled: tuple[str, ...] = ()  # classes as prompts spell them; empty: as they are
-    metrics: tuple[str, ...] = ("accuracy",)  # that the benchmark reports
+    version: str = ""
+    spelled: tuple[str, ...] = ()  # classes in prompts; empty: as they are
+    metrics: tuple[str, ...] = ("accuracy",)
     groups: np.ndarray | None = None  # str (N,), of the metric `worst_group`; None: clusters
     left_out: dict[str, int] = field(default_factory=dict)  # set -> unreadable queries
-    texts: list[list[str]] | None = None  # of each class, where a class is a text of held-out pairs
+    texts: list[list[str]] | None = None  # of each class, if held-out pairs
 
     @property
     def class_names(self) -> list[str]:

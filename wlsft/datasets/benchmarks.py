@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .captions import safe_join
+from .own_tables import safe_join
 from .images import DatasetSource, FileSource
 from .labelled import LabelledSet, expect, register_suite
 

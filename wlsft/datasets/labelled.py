@@ -42,6 +42,7 @@ def image_folder(
     label: dict[str, int],  # folder name -> class of the suite
     border: int = 0,  # pixels cut off on every side
     train: LabelledSet | None = None,  # see `LabelledSet`
+    own: bool = False,  # a person's own pictures, see `FileSource`
 ) -> LabelledSet:
     "A folder of class folders, mapped to the classes it has. Raises `DataError` for a folder not in `label`."
     files = class_files(folder)
@@ -55,7 +56,7 @@ def image_folder(
         labels += [label[name]] * len(class_paths)
     classes = np.arange(max(label.values()) + 1)
     class_map = np.where(np.isin(classes, labels), classes, -1)
-    return LabelledSet(FileSource(paths, border), np.array(labels), class_map, train)
+    return LabelledSet(FileSource(paths, border, own), np.array(labels), class_map, train)
 
 # %% ../../nbs/datasets/labelled.ipynb #2c53fb77
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from ..models.base import Encoder
 from ..models.loop import Objective
-from ..train import Method, PairHead, Sources, Task, load_pairs_for, load_training, register_method
+from ..models.sources import Sources, load_pairs_for, load_training
+from ..train import Method, PairHead, Task, register_method
 
 # %% ../../nbs/rivals/controls.ipynb #bd5f567e
 def supervised_contrastive_loss(

@@ -39,7 +39,8 @@ from wlsft.study.schema import (
     runs_folder,
     source_label,
 )
-from ..train import Method, Sources, Task
+from ..models.sources import Sources
+from ..train import Method, Task
 
 # %% ../../nbs/study/runs.ipynb #2491d571
 def train_run(
