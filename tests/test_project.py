@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -198,17 +199,21 @@ def test_a_study_is_made_of_known_parameters(study):
 # Dependencies, sizes, types
 
 
+REQUIREMENTS = ["requirements"]
+REQUIREMENTS += [f"{extra}_requirements" for extra in ("study", "notebooks", "docs", "onnx", "dev")]
+
+
 def test_environment_yml_names_the_same_dependencies():
     env = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = next(d["pip"] for d in env["dependencies"] if isinstance(d, dict))
-    assert sorted(pip) == sorted(settings()["requirements"].split() + settings()["dev_requirements"].split())
+    wanted = " ".join(settings()[kind] for kind in REQUIREMENTS).split()
+    assert sorted(pip) == sorted(wanted)
 
 
 def test_constraints_pin_every_dependency():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
-    kinds = ("requirements", "dev_requirements", "bench_requirements")
-    wanted = " ".join(settings()[kind] for kind in kinds).split()
+    wanted = " ".join(settings()[kind] for kind in (*REQUIREMENTS, "bench_requirements")).split()
     assert {re.split("[<>=]", name)[0].lower().replace("_", "-") for name in wanted} <= pins
 
 
@@ -235,8 +240,11 @@ def test_records_of_shipped_runs_are_resolved():
         assert {name: resolve(p)[name] for name in p} == p
 
 
-def test_wheel_imports_without_the_notebooks(tmp_path):
-    source = tmp_path / "source"
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    "The wheel's content in a folder of its own, with no repository beside it."
+    folder = tmp_path_factory.mktemp("installed")
+    source = folder / "source"
     files = ["wlsft", "setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE"]
     tracked = subprocess.run(
         ["git", "ls-files", *files], cwd=ROOT, capture_output=True, text=True, check=True
@@ -244,15 +252,54 @@ def test_wheel_imports_without_the_notebooks(tmp_path):
     for f in tracked.stdout.split():
         (source / f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / f, source / f)
-    build = ["uv", "build", "--wheel", "--quiet", "--out-dir", str(tmp_path), str(source)]
+    build = ["uv", "build", "--wheel", "--quiet", "--out-dir", str(folder), str(source)]
     subprocess.run([sys.executable, "-m", *build], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    site = tmp_path / "site"
-    paths = sorted(p for p in (site / "wlsft").rglob("*.py") if not p.name.startswith("_"))
-    modules = [".".join(p.relative_to(site).with_suffix("").parts) for p in paths]
-    code = f"import sys; sys.path.insert(0, {str(site)!r})\n" + "\n".join(f"import {m}" for m in modules)
-    code += "\nprint(sys.modules['wlsft'].__file__)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stderr[-2000:]
-    assert len(modules) > 40
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+def run_installed(site, code, folder):
+    "What a program prints that imports the installed package."
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    program = f"import sys; sys.path.insert(0, {str(site)!r})\n{code}"
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_wheel_imports_without_the_notebooks(installed, tmp_path):
+    paths = sorted(p for p in (installed / "wlsft").rglob("*.py") if not p.name.startswith("_"))
+    modules = [".".join(p.relative_to(installed).with_suffix("").parts) for p in paths]
+    code = "\n".join(f"import {m}" for m in modules) + "\nprint(sys.modules['wlsft'].__file__)"
+    assert str(installed) in run_installed(installed, code, tmp_path)
+    assert len(modules) > 40 and (installed / "wlsft/py.typed").is_file()
+
+
+OUTSIDE = """
+import numpy as np, timm, wlsft
+from PIL import Image
+from safetensors.torch import save_file
+
+rng = np.random.default_rng(0)
+for i in range(16):
+    Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(f"{i}.png")
+with open("titles.csv", "w") as f:
+    print("image;caption", *(f"{i}.png;thing {i}" for i in range(16)), sep="\\n", file=f)
+save_file(timm.create_model("test_vit", num_classes=0).state_dict(), "vit.safetensors")
+own = dict(encoder="test_vit=vit.safetensors", corpus="mine=titles.csv")
+run = wlsft.finetune(**own, adapter="film", held_out=0.25, batch_size=4)
+print(len(wlsft.sweep(run, alpha_steps=1)), wlsft.export(run, "model", alpha=0.5))
+try:
+    wlsft.finetune()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_run_trains_outside_of_a_clone(installed, tmp_path):
+    printed = run_installed(installed, OUTSIDE, tmp_path)
+    assert 'timm.create_model("local-dir:model"' in printed
+    assert "ships with the repository and not with the package; clone https://" in printed
+    assert len(list((tmp_path / "runs").glob("*/run.json"))) == 1

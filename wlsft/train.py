@@ -17,7 +17,7 @@ from torch import nn
 
 from .adapters import Adapter
 from .core.params import ParameterError, check_choice, check_range
-from .datasets.base import PairCorpus
+from .datasets.base import DataError, PairCorpus
 from .datasets.images import ImageFiles
 from .evaluation.probe import ridge_regression
 from wlsft.losses import (
@@ -34,7 +34,7 @@ from .models.features import cached_features
 from .models.image_text import is_text_parameter
 from .models.loop import Objective, finetune
 from .models.optimizer import SCALE_BOUNDS
-from .models.sources import Sources, load_pairs_for
+from .models.sources import Sources, check_teaches, load_pairs_for
 from .models.text import TextEmbeddings, embed_texts, pair_classifier
 
 # %% ../nbs/03_train.ipynb #0a0a455c
@@ -223,7 +223,7 @@ class WLSFT(_PairMethod):
     def __init__(
         self,
         *,
-        text_tower: str = "minilm",  # MODEL/TAG of open_clip, or one-hot
+        text_tower: str = "minilm",  # MODEL/TAG of open_clip, a folder, or one-hot
         collisions: str = "positives",  # positives, negatives or ignored
         color: bool = True,  # jittered, some views gray
         ridge_l2: float = 0.1,  # of the head's start
@@ -248,8 +248,11 @@ class WLSFT(_PairMethod):
 def _pair_task(method: WLSFT, encoder: Encoder, sources: Sources) -> Task:
     "A pair corpus, its embedded texts, and the head from ridge regression on frozen features."
     pairs = load_pairs_for(encoder, sources)
+    check_teaches(pairs)
     texts = embed_texts(pairs.texts, method.text_tower, sources.cache or None)
     features = cached_features(encoder, pairs.images, sources.cache)
+    if not features.var(0).any():
+        raise DataError(f"the {len(features)} images of {pairs.name} are all the same to the encoder")
     head = PairHead(*ridge_regression(features, texts.mean(pairs.group), method.ridge_l2))
     left_out = dict(left_out=dict(n=len(pairs.skipped), first=pairs.skipped[:20]))
     plain = {} if method.color else dict(strength=0.0, gray=0.0)

@@ -25,7 +25,7 @@ from ..core.device import claimed_gpus, get_device
 from ..core.distributed import init_distributed, rank_and_world
 from ..core.files import file_lock
 from ..core.params import RANGES, ParameterError
-from ..datasets.base import DataError, data_folder
+from ..datasets.base import DataError, home_folder
 from ..models.loop import finetune
 from .derived import run_to_sweep
 from .notebooks import parse_value, run_notebook
@@ -157,7 +157,8 @@ def _sweep(args: argparse.Namespace) -> None:
 def _plan_of(args: argparse.Namespace) -> dict[tuple[str, str], Job]:
     import yaml
 
-    path = data_folder().parent / f"nbs/studies/{args.study}.yaml"
+    is_file = args.study.endswith((".yaml", ".yml"))
+    path = Path(args.study) if is_file else home_folder()[0] / f"nbs/studies/{args.study}.yaml"
     return study_plan(path, args.seeds, yaml.safe_load(args.set) or {}, args.data)
 
 
@@ -171,13 +172,13 @@ def _status(args: argparse.Namespace) -> None:
     _print(table, "no runs")
     print("\n" + ", ".join(f"{n} {state}" for state, n in table.state.value_counts().items()))
     place = runs_folder(args.runs)
-    free = shutil.disk_usage(data_folder().parent).free
+    free = shutil.disk_usage(home_folder()[0]).free
     print(f"{place}: {folder_size(place) / 1e6:,.0f} MB, {free / 1e9:,.1f} GB free")
 
 # %% ../../nbs/study/cli.ipynb #ca43f36c
 def _prune(args: argparse.Namespace) -> None:
     keep = {run for run, _ in _plan_of(args)}
-    keep |= required_runs(data_folder().parent, runs_folder(args.runs), args.data)
+    keep |= required_runs(home_folder()[0], runs_folder(args.runs), args.data)
     table = prunable(keep, args.runs)
     _print(table, "nothing can be deleted")
     print(f"{table.MB.sum():,.1f} MB")
@@ -203,7 +204,7 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_study(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", help="a file of nbs/studies, without .yaml")
+    parser.add_argument("study", help="a file of nbs/studies without .yaml, or a path with it")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. N-1 of every run")
     parser.add_argument("--set", default="", help="parameters of every run, as for `make study`, in YAML")
     _add_places(parser)

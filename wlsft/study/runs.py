@@ -25,7 +25,7 @@ from ..core.distributed import rank_and_world, run_once
 from ..core.files import atomic_write, write_json
 from ..core.hashing import file_sha256, weights_digest
 from ..core.params import ParameterError
-from ..datasets.base import DataError, data_folder
+from ..datasets.base import DataError, data_folder, home_folder
 from ..models.base import Encoder
 from ..models.encoders import load_encoder
 from wlsft.study.schema import (
@@ -124,7 +124,7 @@ def _provenance(encoder: nn.Module, params: dict[str, Any], root: str | Path) ->
     import timm
 
     command = ["git", "rev-parse", "HEAD"]
-    git = subprocess.run(command, cwd=data_folder().parent, capture_output=True, text=True).stdout.strip()
+    git = subprocess.run(command, cwd=home_folder()[0], capture_output=True, text=True).stdout.strip()
     versions = dict(python=sys.version.split()[0], torch=torch.__version__)
     versions |= dict(timm=timm.__version__, open_clip=open_clip.__version__)
     return dict(

@@ -18,14 +18,14 @@ from typing import Any
 from ..adapters import ADAPTERS, Adapter
 from ..core.hashing import code_digest, digest, file_sha256
 from ..core.params import ParameterError, check_choice, check_parameters, check_values
-from ..datasets.base import data_folder, shipped_file
+from ..datasets.base import home_folder, shipped_file
 from ..datasets.corpora import CORPORA, check_corpus, corpus_fingerprint
 from ..datasets.emojishift import emojishift_version
 from ..datasets.labelled import SUITES
 from ..datasets.suites import check_suite, suite_fingerprint
 from ..flyp import CLIP, FLYP, L2SP, LiT
 from ..lp_ft import FT, LP, LPFT
-from ..models.encoders import split_encoder
+from ..models.encoders import SHIPPED_ENCODERS, split_encoder
 from ..models.image_text import is_image_text
 from ..models.loop import finetune
 from ..rivals.adapters import BitFit, LNTune, Locked, LoRA
@@ -160,10 +160,10 @@ def chosen_parameters(
 
 # %% ../../nbs/study/schema.ipynb #1b674323
 def runs_folder(
-    runs: str | Path = "",  # a folder; empty: `runs/` of the repository
+    runs: str | Path = "",  # a folder; empty: `runs/` of the repository, or of the current folder
 ) -> Path:
     "Where runs are kept."
-    return Path(runs) if str(runs) else data_folder().parent / "runs"
+    return Path(runs) if str(runs) else home_folder()[0] / "runs"
 
 
 @functools.cache
@@ -178,7 +178,8 @@ def data_digest(
 ) -> str:
     "A short hash of the shipped tables' checksums and of the encoder's file, if it is shipped or named."
     name, path, *_ = split_encoder(encoder)
-    weights = Path(path) if path else shipped_file(f"encoders/{name}.safetensors", root)
+    shipped = name in SHIPPED_ENCODERS and not path
+    weights = shipped_file(f"encoders/{name}.safetensors", root) if shipped else Path(path or name)
     hashed = _sha256(weights, weights.stat().st_mtime_ns) if weights.is_file() else ""
     return digest([emojishift_version(root), hashed])
 
