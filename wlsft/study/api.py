@@ -30,13 +30,14 @@ def finetune(
     runs: str | Path = "",  # where runs are kept; empty: `runs/`
     data: str | Path = "",  # see `data_folder`
     device: str = "",  # cpu, cuda, cuda:1; empty: a GPU if there is one
+    report: str = "",  # csv, tensorboard, trackio or wandb: watch its steps
     **params: Any,  # encoder, corpus, adapter, epochs, lr, ...: what `wlsft train --help` lists
 ) -> Run:
     "Tune an encoder on images with text, or load the run if it is there. Raises as `train_run`."
-    folder = train_run(with_protocol(params), runs=runs, root=data, device=device)
+    folder = train_run(with_protocol(params), runs=runs, root=data, device=device, report=report)
     return load_run(folder, runs, data)
 
-
+# %% ../../nbs/study/api.ipynb #e82157f9
 def sweep(
     run: Run | str | Path,  # or its folder or name
     suite: str = "",  # its name, or NAME=PATH; empty: the run's own

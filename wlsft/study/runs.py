@@ -39,6 +39,7 @@ from wlsft.study.schema import (
     runs_folder,
     source_label,
 )
+from .trackers import make_report
 from ..models.sources import Sources
 from ..train import Method, Task
 
@@ -48,13 +49,14 @@ def train_run(
     runs: str | Path = "",  # where runs are kept, see `runs_folder`
     root: str | Path = "",  # see `data_folder`
     device: str = "",  # see `get_device`
+    report: str = "",  # who watches, see `TRACKERS`
 ) -> Path:  # the run's folder
     "Train one run, resuming or skipping as the folder allows."
     resolved = resolve(params)
     folder = runs_folder(runs) / run_name(resolved, root)
     with run_once(folder / ".lock", folder / "run.json") as missing:
         if missing:
-            _train(resolved, folder, root, get_device(device))
+            _train(resolved, folder, root, get_device(device), report)
     return folder
 
 # %% ../../nbs/study/runs.ipynb #08c9bd94
@@ -87,7 +89,7 @@ def _prepare(p: dict[str, Any], encoder: Encoder, sources: Sources) -> tuple[Met
     return method, adapter, task
 
 # %% ../../nbs/study/runs.ipynb #ee3d2ab3
-def _train(p: dict[str, Any], folder: Path, root: str | Path, device: torch.device) -> None:
+def _train(p: dict[str, Any], folder: Path, root: str | Path, device: torch.device, report: str) -> None:
     "All of `train_run` that takes time."
     started = time.time()
     encoder = load_encoder(p["encoder"], root)
@@ -98,6 +100,8 @@ def _train(p: dict[str, Any], folder: Path, root: str | Path, device: torch.devi
     start |= clone_state(encoder)
     head_0 = clone_state(task.head) if task.head_0 is None else task.head_0
     loop = {name: p[name] for name in loop_options(p["method"])}
+    if report and rank_and_world()[0] == 0:
+        loop |= dict(report=make_report(report, folder, p))
     history = method.fit(encoder, task, seed=p["seed"], checkpoint=folder / "state.pt", **loop)
     if rank_and_world()[0] == 0:
         info: dict[str, Any] = dict(parameters=p, corpus=source_label(p), name=folder.name, history=history)

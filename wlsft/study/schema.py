@@ -46,7 +46,7 @@ def keywords(
 # %% ../../nbs/study/schema.ipynb #d074a4d8
 # Importing a class registers it.
 BUILT_IN = (WLSFT, LP, FT, LPFT, FLYP, L2SP, CLIP, LiT, SimCLR, SupCon, LoRA, BitFit, LNTune, Locked)
-_NOT_CHOSEN = ("seed", "views", "checkpoint")  # keywords of `finetune` that the runner fills in
+_NOT_CHOSEN = ("seed", "views", "checkpoint", "report")  # keywords of `finetune` that the runner fills in
 _SOURCES: dict[str, dict[str, Any]] = {
     "corpus": dict(corpus="emojishift-keywords", n_pairs=0, noise=0.0, held_out=0.0),
     "suite": dict(suite="emojishift", views="own"),
