@@ -225,11 +225,14 @@ def save_figure(
     folder: str | Path,  # "" saves nothing
     name: str,  # of both files, without their endings
 ) -> None:
-    "`name.png` and `name.csv` in `folder`, written atomically."
+    "`name.png`, `name.pdf` for papers, and `name.csv` in `folder`, written atomically."
     save_table(table, folder, name)
-    if str(folder):
-        with atomic_write(Path(folder) / f"{name}.png") as p:
-            fig.savefig(p, metadata={"Software": None})
+    if not str(folder):
+        return
+    with atomic_write(Path(folder) / f"{name}.png") as p:
+        fig.savefig(p, metadata={"Software": None})
+    with atomic_write(Path(folder) / f"{name}.pdf") as p:
+        fig.savefig(p, metadata={"CreationDate": None, "Producer": None, "Creator": None})
 
 # %% ../../nbs/reports/plots.ipynb #268981ad
 def panels(

@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['SCORER_LABELS', 'Name', 'by_scorer', 'change_from_pretrained', 'seed_means', 'at_selected_alpha', 'format_interval',
-           'verdict', 'change_table', 'paired_difference', 'paired_differences', 'compare_published', 'compare_wiseft']
+           'verdict', 'change_table', 'latex_table', 'save_latex', 'paired_difference', 'paired_differences',
+           'compare_published', 'compare_wiseft']
 
 # %% ../../nbs/reports/tables.ipynb #bab2303a
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from ..core.files import atomic_write
 from ..evaluation.stats import CONFIG, KEY, bootstrap_table, ood_sets, select_alpha, with_interval
 from .plots import config_label, configs, rows_of, sort_configs
 
@@ -115,6 +119,39 @@ def change_table(
         cells.append(f"{format_interval(oracle, False)} at {oracle.alpha:g}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+# %% ../../nbs/reports/tables.ipynb #301f1bdc
+_ESCAPED = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "+-": r"$\pm$"}
+
+
+def _latex_cell(text: str) -> str:
+    "A cell of Markdown, with bold and italics."
+    for plain, escaped in _ESCAPED.items():
+        text = text.replace(plain, escaped)
+    text = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)
+    return re.sub(r"\*(.+?)\*", r"\\emph{\1}", text)
+
+
+def latex_table(
+    markdown: str,  # a table, such as that of `change_table`
+) -> str:
+    "The same table in LaTeX, with booktabs."
+    header, _, *rows = markdown.strip().splitlines()
+    lines = [" & ".join(map(_latex_cell, line.strip("| ").split(" | "))) + r" \\" for line in (header, *rows)]
+    columns = "l" + "r" * header.strip("|").count("|")
+    table = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:]]
+    return "\n".join([*table, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def save_latex(
+    markdown: str,  # a table
+    folder: str | Path,  # "" saves nothing
+    name: str,  # of the file, without its ending
+) -> None:
+    "`name.tex` in `folder`, written atomically."
+    if str(folder):
+        with atomic_write(Path(folder) / f"{name}.tex") as path:
+            path.write_text(latex_table(markdown), encoding="utf-8")
 
 # %% ../../nbs/reports/tables.ipynb #15095dc2
 Name = tuple[str, str, str]  # method, adapter, variant
