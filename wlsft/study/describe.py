@@ -20,9 +20,9 @@ _LOADED = {
     "method": "what is learned from what",
     "adapter": "which weights train",
     "encoder": "a shipped encoder, a timm name, NAME=FILE, or a model of open_clip",
-    "corpus": "a pair corpus, or NAME=FILE.csv",
+    "corpus": "a pair corpus, or NAME=PATH of a table, a folder with metadata.csv, or a saved data set",
     "n_pairs": "pairs of a corpus on disk; 0: as many as its name says",
-    "suite": "whose ID training images and labels; a suite, or NAME=FOLDER",
+    "suite": "whose ID training images and labels; a suite, or NAME=PATH of a folder or table",
     "seed": "of order, views, texts, new weights",
 }
 
