@@ -122,7 +122,7 @@ def figure_line(
     line: np.ndarray,  # from `robustness_line`
     target: str = "OOD",
 ) -> tuple[plt.Figure, pd.DataFrame]:
-    "Frozen encoders, their line, and tuned paths."
+    "Encoders, the line, and paths."
     level = with_interval(boot[boot["set"].isin(["ID", target])])
     wide = level.pivot_table(index=KEY, columns="set", values="value").reset_index()
     fig, axes = panels(1, 1, (5.4, 3.4))

@@ -74,12 +74,15 @@ def _train(args: argparse.Namespace) -> None:
 
 # %% ../../nbs/study/cli.ipynb #ed59b37a
 def _curve(rows: pd.DataFrame) -> pd.DataFrame:
-    "k-NN accuracy by alpha and set."
-    kept = rows[
-        (rows.scorer == "knn") & (rows.bank == "id") & (rows.metric == "accuracy") & rows.correct.notna()
-    ]
-    order = list(dict.fromkeys(kept["set"]))
-    return kept.pivot(index="alpha", columns="set", values="value")[order].round(1).reset_index()
+    "k-NN accuracy by alpha and set, or recall of held-out pairs by alpha and k."
+    recalls = rows[rows.scorer == "retrieval"]
+    if len(recalls):
+        named = recalls.assign(set=recalls.metric + "@" + recalls.k.astype(str))
+    else:
+        by_knn = (rows.scorer == "knn") & (rows.bank == "id") & (rows.metric == "accuracy")
+        named = rows[by_knn & rows.correct.notna()]
+    order = list(dict.fromkeys(named["set"]))
+    return named.pivot(index="alpha", columns="set", values="value")[order].round(1).reset_index()
 
 # %% ../../nbs/study/cli.ipynb #299c4d89
 def _sweep(args: argparse.Namespace) -> None:
