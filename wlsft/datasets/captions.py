@@ -6,7 +6,9 @@
 __all__ = ['PHOTO_AUGMENTATION', 'clean_caption', 'require_path', 'Candidates', 'build_corpus']
 
 # %% ../../nbs/datasets/captions.ipynb #c0000005
+import functools
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,12 +77,18 @@ def _merge_equal(candidates: Candidates) -> tuple[list[list[str]], np.ndarray]:
     return [list(texts) for texts in seen], new[candidates.group]
 
 # %% ../../nbs/datasets/captions.ipynb #e82d5599
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    "A folder of this process."
+    return tempfile.TemporaryDirectory(prefix="wlsft-")
+
+
 def build_corpus(
     name: str,
     candidates: Candidates,
     n: int,  # images to take; 0: all that can be used
     size: int,  # side of the decoded images, pixels
-    cache: str | Path,  # see `decode_to_array`
+    cache: str | Path,  # see `decode_to_array`; empty: a folder that goes when the process ends
 ) -> PairCorpus:
     "The first `n` candidates with a text and a readable image. Raises `DataError` if there are fewer."
     texts, group = _merge_equal(candidates)
@@ -91,7 +99,7 @@ def build_corpus(
         first = [*candidates.skipped, *without_text, "it has none"][0]
         raise DataError(f"no row of {name} can be used; the first that cannot: {first}")
     files = ImageFiles.from_source(candidates.source, size, 1.0)[order]
-    images, kept, unreadable = decode_to_array(files, n, cache)
+    images, kept, unreadable = decode_to_array(files, n, cache or _scratch().name)
     used_groups, new_group = np.unique(group[order[kept]], return_inverse=True)
     skipped = (*candidates.skipped, *without_text, *unreadable)
     used = [texts[g] for g in used_groups]

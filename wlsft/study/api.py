@@ -52,10 +52,11 @@ def sweep(
     tuned = run if isinstance(run, Run) else load_run(run, runs, data)
     tuned.encoder.to(get_device(device))
     alphas = [step / p["alpha_steps"] for step in range(p["alpha_steps"] + 1)]
-    what = suite_of(tuned, suite, data).thin(p["stride"], bank=p["stride"])
+    cache = runs_folder(runs) / "cache"
+    what = suite_of(tuned, suite, data, cache).thin(p["stride"], bank=p["stride"])
     names = ("scorers", "metrics", "all_banks", "bf16", "max_feature_error")
     chosen = {name: p[name] for name in names}
-    return alpha_sweep(tuned, what, alphas, cache=runs_folder(runs) / "cache", **chosen)
+    return alpha_sweep(tuned, what, alphas, cache=cache, **chosen)
 
 # %% ../../nbs/study/api.ipynb #8c258fb0
 def evaluate(

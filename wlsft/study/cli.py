@@ -98,9 +98,9 @@ def _sweep(args: argparse.Namespace) -> None:
     options = {key: value for key, value in p.items() if key not in own}
     first = rank_and_world()[0] == 0
     with file_lock(out.with_name(f"sweep-{name}.lock")) if first else contextlib.nullcontext():
-        suite = suite_of(run, p["suite"], args.data).thin(p["stride"], bank=p["stride"])
-        suite = readable_suite(suite) if p["unreadable"] == "skip" else suite
         cache = args.cache or runs_folder(args.runs) / "cache"
+        suite = suite_of(run, p["suite"], args.data, cache).thin(p["stride"], bank=p["stride"])
+        suite = readable_suite(suite) if p["unreadable"] == "skip" else suite
         rows = alpha_sweep(run, suite, alphas, cache=cache, **options)
         if first:
             write_rows(rows.assign(study=args.study), out)

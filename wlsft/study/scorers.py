@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from ..datasets.base import Suite
+from ..datasets.own_pairs import announce
 from ..evaluation.distortion import distortion_rows, held_out_features
 from ..evaluation.probe import head_rows, probe_rows
 from ..evaluation.retrieval import retrieval_rows
@@ -48,9 +49,23 @@ def register_scorer(name: str) -> Callable:
 
     return register
 
-# %% ../../nbs/study/scorers.ipynb #e5b1a3d1
+# %% ../../nbs/study/scorers.ipynb #fa231f1d
+_MAIN_K = 20
+
+
+def _say_small_banks(suite: Suite, sets: Sequence[str]) -> None:
+    "Say which sets have a bank smaller than the main k."
+    notes = []
+    for name in sets:
+        size = len(suite.banks["id"].get(name, ()))
+        if 0 < size < _MAIN_K:
+            notes.append(f"the bank of {name} has {size} images, so k goes up to {size} and not to {_MAIN_K}")
+    announce(suite.name, notes, [])
+
+
 @register_scorer("knn")
 def _score_knn(point: Point) -> pd.DataFrame:
+    _say_small_banks(point.suite, point.sets)
     given = (point.features, point.suite)
     parts = [knn_rows(*given, point.sets, point.banks, metrics=point.metrics)]
     retained = [name for name in retention_sets(point.suite) if name in point.sets]
@@ -58,7 +73,7 @@ def _score_knn(point: Point) -> pd.DataFrame:
         parts.append(knn_rows(*given, retained, ["own"], metrics=point.metrics))
     return pd.concat(parts, ignore_index=True)
 
-
+# %% ../../nbs/study/scorers.ipynb #e5b1a3d1
 @register_scorer("head")
 def _score_head(point: Point) -> pd.DataFrame:
     heads = (point.run.head_0, point.run.head_1)

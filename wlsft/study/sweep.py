@@ -86,6 +86,7 @@ def suite_of(
     run: Run,
     suite: str = "",  # its name; empty: the suite that the run was tuned on, or the default of its corpus
     root: str | Path = "",  # see `data_folder`
+    cache: str | Path = "",  # folder of decoded pairs; empty: a temporary one
 ) -> Suite:
     """The suite to score a run on, decoded for its encoder; `held-out` are the pairs that it did not see.
 
@@ -94,7 +95,7 @@ def suite_of(
     name = suite or p.get("suite") or default_suite(p.get("corpus", ""))
     if name == HELD_OUT or (not name and p.get("held_out")):
         check_range("held_out", p.get("held_out", 0.0), 1e-9, 0.9)
-        return held_out_suite(load_pairs_for(run.encoder, sources_of(p, root), "held-out"))
+        return held_out_suite(load_pairs_for(run.encoder, sources_of(p, root, cache), "held-out"))
     if not name:
         check_suite(name)
     return load_suite(name, root, **input_options(run.encoder))
