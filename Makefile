@@ -67,7 +67,7 @@ docs: setup
 	@echo "open _docs/index.html"
 
 readme: setup
-	mkdir -p runs && wlsft notebook nbs/index.ipynb runs/README.ipynb
+	mkdir -p runs && wlsft notebook nbs/index.ipynb runs/README.ipynb -p draws 2000
 	jupyter nbconvert --to markdown --no-input --output-dir . runs/README.ipynb
 	python -m wlsft.build.outputs readme README.md
 

@@ -42,8 +42,12 @@ def wlsft(*args):
     ],
 )
 def test_a_notebook_is_refused_before_anything_runs(tmp_path, name, value, message):
-    done = wlsft("notebook", "nbs/04_knn_eval.ipynb", tmp_path / "out.ipynb", "-p", name, value)
-    assert done.returncode != 0 and message in done.stderr and not list(tmp_path.iterdir())
+    from wlsft.study.cli import main
+
+    notebook, out = str(ROOT / "nbs/04_knn_eval.ipynb"), str(tmp_path / "out.ipynb")
+    with pytest.raises(SystemExit) as refusal:
+        main(["notebook", notebook, out, "-p", name, str(value)])
+    assert message in str(refusal.value) and not list(tmp_path.iterdir())
 
 
 FILM = "WLSFT with film; allowed: method, adapter, encoder, corpus, "
