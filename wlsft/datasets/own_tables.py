@@ -66,6 +66,15 @@ def _fields(text: str, separator: str) -> list[tuple[int, list[str]]]:
             rows.append((reader.line_num, fields))
     return rows
 
+# %% ../../nbs/datasets/own_tables.ipynb #072904b8
+def _column_names(header: Sequence[str], path: Path) -> list[str]:
+    "Names without spaces around them; nameless ones are numbered. Raises `DataError` for a repeated one."
+    names = [name.strip() or f"column {i}" for i, name in enumerate(header, 1)]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise DataError(f"{path} has two columns named {twice[0]!r}")
+    return names
+
 # %% ../../nbs/datasets/own_tables.ipynb #d7f2dad9
 def _text_table(path: Path, raw: bytes) -> tuple[pd.DataFrame, list[str], list[str]]:
     "A table with separators: values as text, rows left out, and what was guessed."
@@ -78,7 +87,7 @@ def _text_table(path: Path, raw: bytes) -> tuple[pd.DataFrame, list[str], list[s
         (_, header), *rows = _fields(text, separator)
     except (csv.Error, ValueError) as e:
         raise DataError(f"{path} cannot be read as a table ({e})") from e
-    names = [name.strip() for name in header]
+    names = _column_names(header, path)
     kept, skipped = [], []
     for line, fields in rows:
         if len(fields) > len(names):
