@@ -177,13 +177,13 @@ def coco_pairs(root: Path, n: int, seed: int, size: int, cache: str | Path) -> P
 
 # %% ../../nbs/datasets/corpora.ipynb #de0a5d17
 def check_corpus(corpus: str) -> None:
-    "Refuse a name that is neither in `CORPORA` nor NAME=FILE."
+    "Refuse a name that is neither in `CORPORA` nor NAME=PATH."
     if not is_custom(corpus):
-        check_choice("corpus", corpus, (*CORPORA, "or NAME=FILE.csv"))
+        check_choice("corpus", corpus, (*CORPORA, "or NAME=PATH"))
 
 # %% ../../nbs/datasets/corpora.ipynb #91124e09
 def load_pairs(
-    corpus: str,  # one of `CORPORA`, or NAME=FILE (see `custom_pairs`)
+    corpus: str,  # one of `CORPORA`, or NAME=PATH (see `custom_pairs`)
     root: str | Path = "",  # see `data_folder`
     side: int = 64,  # the encoder's input, pixels
     n_pairs: int = 0,  # how many pairs; 0: as in `CORPORA`

@@ -102,7 +102,7 @@ def _joined(parts: Sequence[TablePairs]) -> TablePairs:
 def _candidates(corpus: str, rng: np.random.Generator) -> tuple[Candidates, list[str]]:
     "What a corpus of one's own may take, and what was guessed."
     _, path, image, text = split_custom(corpus)
-    if path.is_dir() and (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         source, words, notes = _saved_pairs(path, image, text)
         return Candidates.shuffled(source, [alternatives(cell) for cell in words], rng), notes
     tables = _tables(path) if path.is_dir() else [path]

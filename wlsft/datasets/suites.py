@@ -56,7 +56,7 @@ _SAME = {"test": "id-test", "val": "id-val", "valid": "id-val", "validation": "i
 def _column(table: pd.DataFrame, names: tuple[str, ...]) -> str | None:
     return next((name for name in table.columns if name.strip().lower() in names), None)
 
-
+# %% ../../nbs/datasets/suites.ipynb #f594373e
 def _labelled_rows(path: Path) -> pd.DataFrame:
     "Columns image (a path), label and set of a table. Raises `DataError` if it has no labels."
     table, skipped, notes = read_own_table(path)
@@ -64,12 +64,22 @@ def _labelled_rows(path: Path) -> pd.DataFrame:
     if label is None:
         raise DataError(f"{path} has columns {list(table)[:8]}; a suite needs one named {', '.join(_LABELS)}")
     image = image_column_of(table, path)
-    files = [safe_join(path.parent, str(name).strip(), own=True) for name in table[image]]
-    found = pd.DataFrame(dict(image=files, label=table[label].astype(str)))
-    fifth = found.groupby("label").cumcount() % 5 == 4
-    named = np.where(fifth, "id-test", "train") if part is None else table[part].replace(_SAME)
+    parts = table[part] if part else [""] * len(table)
+    kept = []
+    for name, cls, row_set in zip(table[image], table[label].astype(str), parts):
+        try:
+            file = safe_join(path.parent, str(name).strip(), own=True)
+        except DataError as e:
+            skipped.append(str(e))
+            continue
+        if cls.strip():
+            kept.append((file, cls.strip(), _SAME.get(row_set, row_set)))
+        else:
+            skipped.append(f"{file} has no label")
     announce(path.name, [*notes, f"images from column {image!r}, labels from {label!r}"], skipped)
-    return found.assign(set=named)
+    found = pd.DataFrame(kept, columns=["image", "label", "set"])
+    fifth = found.groupby("label").cumcount() % 5 == 4
+    return found if part else found.assign(set=np.where(fifth, "id-test", "train"))
 
 # %% ../../nbs/datasets/suites.ipynb #90a1f54c
 def _custom_table(path: Path) -> tuple:
@@ -94,9 +104,9 @@ def _custom(path: Path) -> tuple:
 def check_suite(
     suite: str,  # name of a suite
 ) -> None:
-    "Raise `ParameterError` for a name that is neither a suite nor NAME=FOLDER."
+    "Raise `ParameterError` for a name that is neither a suite nor NAME=PATH."
     if not is_custom(suite):
-        check_choice("suite", suite, ["emojishift", *SUITES, "or NAME=FOLDER"])
+        check_choice("suite", suite, ["emojishift", *SUITES, "or NAME=PATH"])
 
 
 def _read_suite(name: str, root: Path) -> tuple[list[str], LabelledSet, dict[str, LabelledSet]]:
@@ -195,7 +205,7 @@ def _warn_copies(suite: Suite) -> None:
 
 # %% ../../nbs/datasets/suites.ipynb #0637664a
 def load_suite(
-    name: str,  # `emojishift`, one of `SUITES`, or NAME=FOLDER of custom data
+    name: str,  # `emojishift`, one of `SUITES`, or NAME=PATH of custom data
     root: str | Path = "",  # see `data_folder`
     size: int = 224,  # side of decoded images, pixels: the encoder's input
     crop: float = 0.875,  # see `square_crop`: the encoder's `crop_pct`

@@ -60,7 +60,7 @@ def _folder_text(folder: str, limit: int) -> tuple:
 
 
 def _open_clip_text(name: str) -> tuple:
-    "The text side of a pretrained open_clip model: as `_minilm`."
+    "The text side of a pretrained open_clip model: as `_folder_text`."
     import open_clip
 
     model_name, _, tag = name.partition("/")

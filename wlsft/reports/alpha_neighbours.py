@@ -16,7 +16,7 @@ from ..core.files import progress
 from ..datasets.base import Suite
 from ..evaluation.alpha_features import AlphaFeatures, alpha_features
 from ..evaluation.knn_search import knn
-from ..knn_eval import knn_votes, required_rows
+from ..knn_eval import knn_votes, required_rows, unseen_sets
 from ..study.runs import Run
 
 # %% ../../nbs/reports/alpha_neighbours.ipynb #3d664017
@@ -75,7 +75,7 @@ def alpha_neighbours(
     device: str = "",  # see `get_device`
 ) -> AlphaNeighbours:
     "Neighbours in the ID bank of every held-out query at every alpha."
-    sets = [s for s in suite.sets if suite.shift[s] != "SEEN"]
+    sets = unseen_sets(suite)
     rows = required_rows(suite, sets)
     run.encoder.to(get_device(device)).load_state_dict(run.theta_0)
     features = alpha_features(run.encoder, run.theta_1, alphas, suite.images[rows])

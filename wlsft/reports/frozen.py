@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 from ..evaluation.stats import CONFIG, KEY, percentile_interval, with_interval
 from .plots import BLUE, GREEN, ORANGE, RED, labels, outside_legend, panels, style_of
+from .scatter import logit, logit_ticks
 from .tables import format_interval
 from ..rivals.frozen import CORPUS, reference_rows
 
@@ -77,23 +79,14 @@ def beyond_maps(
     return with_interval(pd.concat(parts, ignore_index=True))
 
 # %% ../../nbs/reports/frozen.ipynb #ee0a89e9
-def _logit(percent: np.ndarray) -> np.ndarray:
-    share = np.clip(percent / 100, 1e-3, 1 - 1e-3)
-    return np.log(share / (1 - share))
-
-
-def _percent(logit: np.ndarray) -> np.ndarray:
-    return 100 / (1 + np.exp(-logit))
-
-
 def robustness_line(
     boot: pd.DataFrame,  # from `bootstrap_table`, plain encoders only
     target: str = "OOD",  # the set on the vertical axis
 ) -> np.ndarray:  # (draws + 1, 2): intercept and slope of logit target on logit ID
     "Least squares in every draw."
     at = boot.set_index(["set", *KEY]).draws
-    x = _logit(np.stack(at["ID"].sort_index().to_list()))  # (encoders, draws + 1)
-    y = _logit(np.stack(at[target].sort_index().to_list()))
+    x = logit(np.stack(at["ID"].sort_index().to_list()))  # (encoders, draws + 1)
+    y = logit(np.stack(at[target].sort_index().to_list()))
     apart = x - x.mean(0)
     slope = (apart * (y - y.mean(0))).sum(0) / (apart**2).sum(0)
     return np.stack([y.mean(0) - slope * x.mean(0), slope], 1)
@@ -109,8 +102,8 @@ def effective_robustness(
     found = boot[boot["set"] == target]
     expected = []
     for key in found[KEY].itertuples(index=False, name=None):
-        logit = line[:, 0] + line[:, 1] * _logit(at[key])
-        expected.append(_percent(logit))
+        value = line[:, 0] + line[:, 1] * logit(at[key])
+        expected.append(100 * expit(value))
     return found.assign(draws=[d - e for d, e in zip(found.draws, expected)])
 
 # %% ../../nbs/reports/frozen.ipynb #a88b5511
@@ -132,14 +125,15 @@ def figure_line(
     markers = dict(zip(["frozen", *sorted(set(frozen.method) - {"frozen"})], "oxsDP"))
     for (kind, method), part in frozen.groupby(["kind", "method"]):
         look = dict(marker=markers[method], color=colors[kind], label=f"{kind}, {method}")
-        ax.plot(part["ID"], part[target], ls="", ms=4, **look)
-    x = np.linspace(wide["ID"].min(), wide["ID"].max())
-    ax.plot(x, _percent(line[0, 0] + line[0, 1] * _logit(x)), color="0.6", label="line")
+        ax.plot(logit(part["ID"]), logit(part[target]), ls="", ms=4, **look)
+    ends = logit([wide["ID"].min(), wide["ID"].max()])
+    ax.plot(ends, line[0, 0] + line[0, 1] * ends, color="0.6", label="line")
     for key, part in wide[wide.adapter != ""].sort_values("alpha").groupby(CONFIG):
         style = style_of(*key[2:])
-        ax.plot(part["ID"], part[target], marker=".", color=style.color, lw=1, label=style.label)
-    ax.set_xscale("function", functions=(_logit, _percent))
-    ax.set_yscale("function", functions=(_logit, _percent))
+        x, y = logit(part["ID"]), logit(part[target])
+        ax.plot(x, y, marker=".", color=style.color, lw=1, label=style.label)
+    logit_ticks(ax.xaxis, wide["ID"])
+    logit_ticks(ax.yaxis, wide[target])
     ax.set(xlabel="ID accuracy (%)", ylabel=f"{target} accuracy (%)")
     outside_legend(fig, 6)
     return fig, wide

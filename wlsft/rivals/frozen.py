@@ -7,18 +7,20 @@ __all__ = ['CORPUS', 'SIZES', 'LARGER', 'DEPTHS', 'MAPPED', 'frozen_rows', 'mapp
 
 # %% ../../nbs/rivals/frozen.ipynb #de216426
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
+from ..datasets.base import Suite
 from ..datasets.suites import load_suite
 from ..evaluation.probe import ridge_regression
 from ..evaluation.stats import COLUMNS
 from ..evaluation.whitening import canonical_correlation, whitening
-from ..knn_eval import knn_rows, required_rows, retention_sets
-from ..models.base import Encoder, input_options
+from ..knn_eval import required_rows, suite_features, transfer_and_retention, unseen_sets
+from ..models.base import Encoder
 from ..models.encoders import load_encoder
 from ..models.features import extract_features
 from ..models.shipped import load_lite
@@ -40,27 +42,14 @@ def _label(rows: pd.DataFrame, encoder: str, method: str, variant: str = "") -> 
 # %% ../../nbs/rivals/frozen.ipynb #e08646d9
 def frozen_rows(
     features: torch.Tensor,  # float32 (N, D), a row for each image of the suite
-    suite,
+    suite: Suite,
     name: str,  # of the encoder, in the rows
     method: str = "frozen",  # or the map that was applied
     variant: str = "",  # how many blocks, where some are left out
 ) -> pd.DataFrame:
     "Rows of all unseen sets by the ID bank, and of far sets by their own."
-    sets = [set_name for set_name in suite.sets if suite.shift[set_name] != "SEEN"]
-    parts = [knn_rows(features, suite, sets), knn_rows(features, suite, retention_sets(suite), ["own"])]
-    return _label(pd.concat(parts, ignore_index=True), name, method, variant)
-
-
-def _needed(suite) -> torch.Tensor:
-    "Images that `frozen_rows` reads."
-    return required_rows(suite, [name for name in suite.sets if suite.shift[name] != "SEEN"])
-
-
-def _spread(features: torch.Tensor, rows: torch.Tensor, images: int) -> torch.Tensor:
-    "Features of some rows, in a table of all images."
-    out = torch.zeros(images, features.shape[1])
-    out[rows] = features
-    return out
+    rows = transfer_and_retention(features, suite, unseen_sets(suite))
+    return _label(rows, name, method, variant)
 
 # %% ../../nbs/rivals/frozen.ipynb #c644bfb3
 def mapped_features(
@@ -87,7 +76,7 @@ def mapped_features(
 SIZES = {"dinov2_small": (56, 70, 98), "tf_efficientnet_lite0": (64, 128, 160)}
 LARGER = {"tf_efficientnet_lite1": 1, "tf_efficientnet_lite2": 2}  # at 128 pixels
 DEPTHS = (5, 7, 9)  # blocks of `dinov2_small` kept of 11
-MAPPED = ("dinov2_small", "tf_efficientnet_lite0")  # at their own size
+MAPPED = ("dinov2_small@70", "tf_efficientnet_lite0@128")  # at their own size
 
 
 def at_depth(
@@ -111,29 +100,25 @@ def _references(root: str) -> Iterator[tuple[str, str, Encoder]]:  # name, varia
         yield f"{name}@128", "", load_lite(number).eval()
 
 
-def _pixels(images: torch.Tensor) -> torch.Tensor:
-    "16 x 16 pixels, centred."
-    small = torch.nn.functional.interpolate(images.float(), (16, 16), mode="area").flatten(1)
-    return small - small.mean(0)
+def _pixels(suite: Suite, sets: Sequence[str]) -> torch.Tensor:
+    "16 x 16 pixels of the images that these sets need, centred."
+    rows = required_rows(suite, sets)
+    small = F.interpolate(suite.images[rows].float(), (16, 16), mode="area").flatten(1)
+    out = torch.zeros(len(suite.images), small.shape[1])
+    out[rows] = small - small.mean(0)
+    return out
 
 # %% ../../nbs/rivals/frozen.ipynb #6b9a1b57
 def reference_rows(
     root: str = "",  # see `data_folder`
 ) -> Iterator[pd.DataFrame]:
     "Rows of every frozen reference, one after the other."
+    suite = load_suite(_SUITE, root)
+    sets = unseen_sets(suite)
     for name, variant, encoder in _references(root):
-        suite = load_suite(_SUITE, root, **input_options(encoder))
-        rows = _needed(suite)
-        features = extract_features(encoder, suite.images[rows])
-        plain = _spread(features, rows, len(suite.images))
-        yield frozen_rows(plain, suite, name, variant=variant)
-        kind, _, size = name.partition("@")
-        is_own = (
-            kind in MAPPED
-            and not variant
-            and int(size) == load_encoder(kind, root).pretrained_cfg["input_size"][-1]
-        )
-        for method, mapped in mapped_features(encoder, features, root) if is_own else ():
-            yield frozen_rows(_spread(mapped, rows, len(suite.images)), suite, name, method)
-    pixels = _spread(_pixels(suite.images[rows]), rows, len(suite.images))
-    yield frozen_rows(pixels, suite, "16 x 16 pixels")
+        features = suite_features(encoder, suite, sets)
+        yield frozen_rows(features, suite, name, variant=variant)
+        if name in MAPPED and not variant:
+            for method, mapped in mapped_features(encoder, features, root):
+                yield frozen_rows(mapped, suite, name, method)
+    yield frozen_rows(_pixels(suite, sets), suite, "16 x 16 pixels")

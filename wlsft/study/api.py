@@ -14,10 +14,9 @@ import pandas as pd
 from ..core.device import get_device
 from ..core.params import ParameterError
 from ..datasets.suites import load_suite
-from ..knn_eval import knn_rows, required_rows, retention_sets
+from ..knn_eval import suite_features, transfer_and_retention, unseen_sets
 from ..models.base import input_options
 from ..models.encoders import load_encoder
-from ..models.features import extract_features
 from .export import export_run
 from .protocols import with_protocol
 from .runs import Run, load_run, train_run
@@ -69,16 +68,8 @@ def evaluate(
     "Score a frozen encoder by k-NN on every unseen set of a suite, by the ID bank and by a set's own."
     model = load_encoder(encoder, data).to(get_device(device))
     what = load_suite(suite, data, **input_options(model))
-    sets = [name for name in what.sets if what.shift[name] != "SEEN"]
-    rows = required_rows(what, sets)
-    features = extract_features(model, what.images[rows])
-    whole = features.new_zeros(len(what.images), features.shape[1])
-    whole[rows] = features
-    parts = [knn_rows(whole, what, sets)]
-    retained = retention_sets(what)
-    if retained:
-        parts.append(knn_rows(whole, what, retained, ["own"]))
-    return pd.concat(parts, ignore_index=True)
+    sets = unseen_sets(what)
+    return transfer_and_retention(suite_features(model, what, sets), what, sets)
 
 
 def export(

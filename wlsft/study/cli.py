@@ -174,7 +174,7 @@ def _sweep_parser(commands) -> argparse.ArgumentParser:
     sweep.add_argument("run", nargs="?", default="", help="its folder, or its name")
     sweep.add_argument("--from", dest="start", default="", help="instead of a run: an encoder, at alpha = 0")
     sweep.add_argument("--to", dest="end", default="", help="and another of its architecture, at alpha = 1")
-    sweep.add_argument("--suite", default="", help="a suite, or NAME=FOLDER; default: the run's")
+    sweep.add_argument("--suite", default="", help="a suite, or NAME=PATH; default: the run's")
     _add_parameters(sweep)
     sweep.add_argument("--study", default="", help="a label for the rows")
     sweep.add_argument("--out", default="", help="parquet file; default: in the run's folder")

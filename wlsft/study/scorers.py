@@ -17,7 +17,7 @@ from ..datasets.own_pairs import announce
 from ..evaluation.distortion import distortion_rows, held_out_features
 from ..evaluation.probe import head_rows, probe_rows
 from ..evaluation.retrieval import retrieval_rows
-from ..knn_eval import knn_rows, retention_sets
+from ..knn_eval import MAIN_K, transfer_and_retention
 from .runs import Run
 
 # %% ../../nbs/study/scorers.ipynb #65b3b2c5
@@ -50,28 +50,20 @@ def register_scorer(name: str) -> Callable:
     return register
 
 # %% ../../nbs/study/scorers.ipynb #fa231f1d
-_MAIN_K = 20
-
-
 def _say_small_banks(suite: Suite, sets: Sequence[str]) -> None:
     "Say which sets have a bank smaller than the main k."
     notes = []
     for name in sets:
         size = len(suite.banks["id"].get(name, ()))
-        if 0 < size < _MAIN_K:
-            notes.append(f"the bank of {name} has {size} images, so k goes up to {size} and not to {_MAIN_K}")
+        if 0 < size < MAIN_K:
+            notes.append(f"the bank of {name} has {size} images, so k goes up to {size} and not to {MAIN_K}")
     announce(suite.name, notes, [])
 
 
 @register_scorer("knn")
 def _score_knn(point: Point) -> pd.DataFrame:
     _say_small_banks(point.suite, point.sets)
-    given = (point.features, point.suite)
-    parts = [knn_rows(*given, point.sets, point.banks, metrics=point.metrics)]
-    retained = [name for name in retention_sets(point.suite) if name in point.sets]
-    if retained and "own" not in point.banks:
-        parts.append(knn_rows(*given, retained, ["own"], metrics=point.metrics))
-    return pd.concat(parts, ignore_index=True)
+    return transfer_and_retention(point.features, point.suite, point.sets, point.banks, metrics=point.metrics)
 
 # %% ../../nbs/study/scorers.ipynb #e5b1a3d1
 @register_scorer("head")

@@ -18,7 +18,7 @@ from ..core.files import is_locked
 from ..core.hashing import code_digest, digest
 from ..datasets.base import Suite
 from ..evaluation.alpha_features import alpha_features
-from ..knn_eval import required_rows
+from ..knn_eval import required_rows, unseen_sets
 from ..models.base import Encoder
 from ..models.features import extract_features_to
 from .runs import Run
@@ -39,7 +39,7 @@ class SweepPlan:
     def sets_and_banks(self, alpha: float) -> tuple[list[str], list[str]]:
         if self.everything_at(alpha):
             return list(self.suite.sets), list(self.suite.banks)
-        return [name for name in self.suite.sets if self.suite.shift[name] != "SEEN"], ["id"]
+        return unseen_sets(self.suite), ["id"]
 
 # %% ../../nbs/study/sweep_features.ipynb #0fc66370
 def images_key(suite: Suite) -> list:

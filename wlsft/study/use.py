@@ -143,6 +143,7 @@ def add_use_parsers(
     for make, function in made.items():
         parser = make(commands)
         parser.add_argument("--alpha", type=float, default=1.0, help="0 to 1; default: 1")
-        parser.add_argument("--device", default="", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+        if function is not _export:
+            parser.add_argument("--device", default="", help="cpu, cuda, cuda:1; default: a GPU, if any")
         add_places(parser)
         parser.set_defaults(function=function)
