@@ -16,30 +16,35 @@ SEEDS  ?= 1
 DATA   ?=
 CORES  ?= all
 SET    ?=
+TORCH  ?=
+PROFILE ?= local
 PROCESSES ?= 1
 GPUS   ?= 0
 MEM_MB ?= $(shell awk '/MemTotal/ {print int($$2 * 0.9 / 1024)}' /proc/meminfo 2>/dev/null || echo 16000)
 DELETE ?=
 VENV   := .venv
+UV      = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt $(if $(TORCH),--torch-backend $(TORCH))
+LIMITS  = $(if $(filter local,$(PROFILE)),--cores $(CORES) --resources mem_mb=$(MEM_MB) $(if $(filter-out 0,$(GPUS)),gpu=$(GPUS)))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Imports are compiled once and kept; large activations go back to the allocator, not to the system (arithmetic is the same).
 unexport PYTHONDONTWRITEBYTECODE
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 
-.PHONY: setup study status prune test bench outputs docs readme lab clean
+.PHONY: help setup study status prune test test-fast bench outputs docs readme lab clean
+help:
+	@sed -n '/^# /s/^# //p' Makefile | sed '/^Imports are compiled/d'
+
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: settings.ini setup.py constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet uv
-	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev]'
+	$(UV) --editable '.[dev]'
 	touch $@
 
 study: setup
-	snakemake --cores $(CORES) --quiet rules --rerun-triggers mtime --rerun-incomplete --keep-incomplete --keep-going --nolock \
-	  --resources gpu=$(GPUS) mem_mb=$(MEM_MB) \
-	  --config study=$(STUDY) seeds=$(SEEDS) data="$(DATA)" processes=$(PROCESSES) set="$(SET)" \
-	  mem_mb=$(MEM_MB) gpus=$(if $(filter-out 0,$(GPUS)),1,0) local_gpus=$(if $(filter-out 0,$(GPUS)),true,)
+	snakemake --workflow-profile profiles/$(PROFILE) $(LIMITS) \
+	  --config study=$(STUDY) seeds=$(SEEDS) data="$(DATA)" processes=$(PROCESSES) set="$(SET)"
 	@echo "figures are in figures/$(STUDY)"
 
 status: setup
@@ -51,8 +56,11 @@ prune: setup
 test: setup
 	OMP_NUM_THREADS=1 pytest -q -n 2 --dist worksteal --durations 25
 
+test-fast: setup
+	OMP_NUM_THREADS=1 pytest -q -n 2 --dist worksteal --durations 5 --fast
+
 bench: setup
-	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev,bench]'
+	$(UV) --editable '.[dev,bench]'
 	mkdir -p runs && wlsft notebook nbs/10_benchmarks.ipynb runs/10_benchmarks.ipynb -p full true
 
 outputs: setup

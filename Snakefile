@@ -1,19 +1,26 @@
 # The study as a graph: every run is trained, each run is swept over alpha, and all rows together give the figures (chapter 09).
 # A run's folder is named by a hash of parameters, code and data, so what is there is never computed again.
 #   snakemake --config study=grid seeds=3 data=/path        (the Makefile's `study` does this)
-#   snakemake --executor slurm --jobs 20 --nolock --keep-incomplete --config study=grid gpus=1       (a cluster; see CONTRIBUTING.md)
+#   snakemake --workflow-profile profiles/slurm --config study=grid gpus=1       (a cluster; see CONTRIBUTING.md)
 import shlex
 
 import yaml
 from wlsft.study.plan import study_plan, sweep_resources, write_plan
 
+
+def limit(name: str) -> int:
+    "What all jobs of this machine may hold together, 0 where nothing is said; newer Snakemakes wrap the number."
+    found = workflow.global_resources.get(name)
+    return int(getattr(found, "value", found) or 0)
+
+
 STUDY = config.get("study", "emojishift")
 DATA = str(config.get("data", "") or "")
 RUNS = str(config.get("runs", "") or "runs")
 PROCESSES = int(config.get("processes", 1))  # of torchrun, for each training run
-GPUS = int(config.get("gpus", 0))  # of each process; a scheduler is asked for them
-LOCAL_GPUS = bool(config.get("local_gpus"))  # no scheduler places jobs: each takes GPUs that no other job holds
-MEMORY = int(config.get("mem_mb", 0)) or 10**9  # of this machine; a job that asks for more gets all of it
+LOCAL_GPUS = limit("gpu") > 0  # each job takes GPUs that no other job holds
+GPUS = int(config.get("gpus", LOCAL_GPUS))  # of each process; a scheduler is asked for them
+MEMORY = limit("mem_mb") or 10**9  # a job that asks for more gets all of it
 EVERYWHERE = config.get("set") or {}  # Snakemake has parsed it as YAML, or it is text
 EVERYWHERE = yaml.safe_load(EVERYWHERE) if isinstance(EVERYWHERE, str) else EVERYWHERE
 PLAN = study_plan(f"nbs/studies/{STUDY}.yaml", int(config.get("seeds", 1)), EVERYWHERE, DATA)  # (run, sweep) -> job

@@ -88,7 +88,8 @@ def test_a_study_becomes_figures(tiny, params, tmp_path):
     study = dict(title="two", defaults=defaults, runs=[dict(lr=1e-3), dict(lr=1e-2)])
     (tmp_path / "nbs/studies/two.yaml").write_text(json.dumps(study))
     command = ["snakemake", "--snakefile", ROOT / "Snakefile", "--directory", tmp_path, "--cores", "2"]
-    command += ["--rerun-triggers", "mtime", "--nolock", "--config", "study=two", f"runs={tmp_path / 'runs'}"]
+    command += ["--workflow-profile", ROOT / "profiles/local"]
+    command += ["--config", "study=two", f"runs={tmp_path / 'runs'}"]
     call(*command, cwd=tmp_path)
     assert {"alpha.png", "alpha.csv"} <= {path.name for path in (tmp_path / "figures/two").iterdir()}
     rows = pd.read_parquet(tmp_path / "runs/studies/two/rows.parquet")

@@ -137,7 +137,7 @@ class FLYP(TextTuning):
     loop = dict(lr=1e-4, weight_decay=0.1, head_lr=None)
 
     def task(self, encoder, sources):
-        suite, rows, images, views = load_training(sources.suite, encoder, sources.root, sources.views)
+        suite, rows, images, views = load_training(encoder, sources)
         labels = suite.labels[rows]
         return Task(images, nn.Identity(), labels, views=views, class_names=suite.class_names)
 

@@ -108,7 +108,7 @@ def label_task(
     sources: Sources,
 ) -> Task:
     "ID training images of a suite with their labels, and the head from which the method starts."
-    suite, rows, images, views = load_training(sources.suite, encoder, sources.root, sources.views)
+    suite, rows, images, views = load_training(encoder, sources)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sources.seed)
         head = nn.Linear(encoder.num_features, len(suite.classes))

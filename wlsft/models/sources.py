@@ -9,6 +9,7 @@ __all__ = ['Sources', 'check_teaches', 'load_pairs_for', 'load_training']
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..datasets.base import DataError, PairCorpus, Suite, with_shuffled_texts
@@ -28,7 +29,7 @@ class Sources:
 
     corpus: str = ""  # a pair corpus, for methods that read one
     suite: str = ""  # a suite, for methods that read labels
-    n_pairs: int = 0  # pairs of a corpus; 0: as many as its name says
+    n_pairs: int = 0  # images to train on; 0: as many as a corpus's name says, all of a suite
     noise: float = 0.0  # share of a corpus's images whose texts are shuffled among them
     held_out: float = 0.0  # share of a corpus's texts that are kept from training
     views: str = "own"  # of a suite's images, see `training_views`
@@ -62,17 +63,29 @@ def load_pairs_for(
     return with_shuffled_texts(pairs, sources.noise, sources.seed)
 
 # %% ../../nbs/models/sources.ipynb #84cf660b
+def _spread(labels: torch.Tensor, n: int, seed: int) -> torch.Tensor:
+    "`n` rows in order, as evenly over the classes as can be, and random within a class."
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
+    by_class = order[labels[order].argsort(stable=True)]
+    sizes = labels.bincount()
+    place = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
+    return by_class[place.argsort(stable=True)[:n]].sort().values
+
+
 def load_training(
-    suite: str,  # see `load_suite`
     encoder: Encoder,  # whose input size the images are decoded for
-    root: str | Path = "",  # see `data_folder`
-    views: str = "own",  # see `training_views`
+    sources: Sources,
 ) -> tuple[
     Suite, torch.Tensor, torch.Tensor | ImageFiles, dict
 ]:  # suite, rows of its bank, their images, views
-    "A suite and its ID training images, as they are decoded to train."
-    loaded = load_suite(suite, root, **input_options(encoder))
-    rows = loaded.banks["id"]["id-test"]
-    rows = rows[~torch.isin(rows, loaded.sets["id-val"])]
-    images, options = training_views(loaded.images[rows], views)
-    return loaded, rows, images, options
+    """A suite and its ID training images, as they are decoded to train.
+
+    With `n_pairs`, that many of them, as evenly over the classes as can be.
+    """
+    suite = load_suite(sources.suite, sources.root, **input_options(encoder))
+    rows = suite.banks["id"]["id-test"]
+    rows = rows[~torch.isin(rows, suite.sets["id-val"])]
+    if sources.n_pairs:
+        rows = rows[_spread(suite.labels[rows], sources.n_pairs, sources.seed)]
+    images, options = training_views(suite.images[rows], sources.views)
+    return suite, rows, images, options

@@ -72,6 +72,6 @@ class SupCon(SimCLR):
     reads = "suite"
 
     def task(self, encoder, sources: Sources):
-        suite, rows, images, views = load_training(sources.suite, encoder, sources.root, sources.views)
+        suite, rows, images, views = load_training(encoder, sources)
         options = views | dict(copies=2)
         return Task(images, _identity_head(encoder), suite.labels[rows], views=options)

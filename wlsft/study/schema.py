@@ -49,7 +49,7 @@ BUILT_IN = (WLSFT, LP, FT, LPFT, FLYP, L2SP, CLIP, LiT, SimCLR, SupCon, LoRA, Bi
 _NOT_CHOSEN = ("seed", "views", "checkpoint", "report")  # keywords of `finetune` that the runner fills in
 _SOURCES: dict[str, dict[str, Any]] = {
     "corpus": dict(corpus="emojishift-keywords", n_pairs=0, noise=0.0, held_out=0.0),
-    "suite": dict(suite="emojishift", views="own"),
+    "suite": dict(suite="emojishift", views="own", n_pairs=0),
 }
 
 
