@@ -8,31 +8,40 @@ from PIL import Image
 from safetensors.torch import save_file
 
 
-LONGEST = (  # names of tests and notebooks
+LONGEST = (  # names of tests and notebooks, longest first
     "07_flyp",
     "06_lp_ft",
     "03_train",
-    "test_readme",
+    "test_end_to_end",
     "04_knn_eval",
     "000_tour",
-    "test_end_to_end",
+    "test_photographs",
     "10_benchmarks",
     "calibration",
     "alpha_features",
     "05_interpolation",
     "11_your_own",
+    "test_readme",
     "few_shot",
     "probe",
 )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="leave out the tests that take longest")
+
+
+def pytest_collection_modifyitems(config, items):
     "The longest first, so that no worker is left with one at the end."
 
     def place(item):
         return next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
 
     items.sort(key=place)
+    if config.getoption("--fast"):
+        quick = [item for item in items if place(item) == len(LONGEST)]
+        config.hook.pytest_deselected(items=items[: len(items) - len(quick)])
+        items[:] = quick
 
 
 @pytest.fixture(scope="session")

@@ -103,7 +103,8 @@ def readme_links(
 def site_links(
     text: str,  # a notebook prepared by nbdev, as JSON
 ) -> str:
-    "Links to figures, relative to the page."
+    "Links to figures, relative to the page; badges of other hosts as words."
+    text = re.sub(r"\[!\[([^\]]*)\]\(https://[^)]*\)\]\(([^)]*)\)", r"[\1](\2)", text)
     return re.sub(r"\]\(\.\./((?:\.\./)*figures/)", r"](\1", text)
 
 # %% ../../nbs/build/outputs.ipynb #e9c688b7

@@ -77,6 +77,7 @@ RANGES: dict[str, tuple[float, float]] = {  # name -> smallest and largest value
     "alpha": (0, 1),
     "alpha_steps": (1, 100),
     "bank_size": (2, _BIG),
+    "bank_stride": (1, 10_000),
     "batch_size": (2, 65_536),
     "blocks": (0, 10_000),
     "c_values": (1, 1000),
