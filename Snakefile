@@ -63,7 +63,7 @@ def needs(name: str):
 
 
 def report_flags() -> str:
-    return parameters(dict(rows=f"{RUNS}/studies/{STUDY}", out=f"figures/{STUDY}", draws=2000, data=DATA))
+    return parameters(dict(rows=f"{RUNS}/studies/{STUDY}", out=f"figures/{STUDY}", draws=config.get("draws", 2000), data=DATA))
 
 
 # Not a `run:` block: that would read this file again in another process, whose names of runs differ if code or files have changed meanwhile.

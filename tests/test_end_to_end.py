@@ -89,7 +89,7 @@ def test_a_study_becomes_figures(tiny, params, tmp_path):
     (tmp_path / "nbs/studies/two.yaml").write_text(json.dumps(study))
     command = ["snakemake", "--snakefile", ROOT / "Snakefile", "--directory", tmp_path, "--cores", "2"]
     command += ["--workflow-profile", ROOT / "profiles/local"]
-    command += ["--config", "study=two", f"runs={tmp_path / 'runs'}"]
+    command += ["--config", "study=two", "draws=20", f"runs={tmp_path / 'runs'}"]
     call(*command, cwd=tmp_path)
     assert {"alpha.png", "alpha.csv"} <= {path.name for path in (tmp_path / "figures/two").iterdir()}
     rows = pd.read_parquet(tmp_path / "runs/studies/two/rows.parquet")

@@ -225,7 +225,7 @@ def test_the_graph(data, tmp_path):
 PAIRS = dict(encoder="test_vit={}/dino.pth", n_pairs=24, memory_size=4, rank=8)
 CLIP = dict(encoder="clip_openclipart", templates="{}/templates.txt", bf16=False)
 MINIATURES = {  # study -> what replaces its size
-    "lpft_published": dict(encoder="test_resnet={}/resnet.pth", lr=0.001, c_values=2),
+    "lpft_published": dict(encoder="test_resnet={}/resnet.pth", method="LP-FT", lr=0.001, c_values=2),
     "wiseft": CLIP,
     "flyp_imagenet": CLIP,
     "imagenet20k": PAIRS,
@@ -240,7 +240,7 @@ def test_a_study_on_a_miniature(data, tmp_path, study):
     "Train with two processes, sweep with two, collect, draw."
     options = dict(epochs=1, batch_size=8, alpha_steps=1) | MINIATURES[study]
     everywhere = json.loads(json.dumps(options).replace("{}", str(data)))
-    config = [f"study={study}", f"data={data}", f"runs={tmp_path}", "processes=2", "mem_mb=16000"]
+    config = [f"study={study}", f"data={data}", f"runs={tmp_path}", "processes=2", "draws=20"]
     config.append(f"set={json.dumps(everywhere)}")
     command = ["snakemake", "--cores", "2", "--quiet", "--nolock", "--directory", str(ROOT), "--config"]
     figure = ROOT / f"figures/{study}"

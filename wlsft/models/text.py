@@ -56,7 +56,14 @@ def _folder_text(folder: str, limit: int) -> tuple:
     width = _read_json(Path(folder) / "config.json")["hidden_size"]
     pooler = "cls_pooler" if _pools_first_token(Path(folder)) else "mean_pooler"
     tower = open_clip.hf_model.HFTextEncoder(folder, output_dim=width, pooler_type=pooler, proj_type=None)
-    return tower, tower, open_clip.tokenizer.HFTokenizer(folder, context_length=limit)
+    padding = tower.config.pad_token_id
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        "Without the columns at the end that no text fills; they are masked, so nothing else changes."
+        used = int((tokens != padding).any(0).nonzero().max()) + 1
+        return tower(tokens[:, :used])
+
+    return tower, forward, open_clip.tokenizer.HFTokenizer(folder, context_length=limit)
 
 
 def _open_clip_text(name: str) -> tuple:
@@ -94,11 +101,12 @@ def load_text_tower(
 
     @torch.inference_mode()
     def encode(texts: Sequence[str]) -> torch.Tensor:
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of a batch are about as long
         vectors = []
-        for start in range(0, len(texts), 256):
-            tokens = tokenizer(list(texts[start : start + 256])).to(device)
+        for start in range(0, len(texts), 64):
+            tokens = tokenizer([texts[i] for i in order[start : start + 64]]).to(device)
             vectors.append(F.normalize(forward(tokens).float(), dim=-1).cpu())
-        return torch.cat(vectors)
+        return torch.cat(vectors)[torch.tensor(order).argsort()]
 
     return encode
 
