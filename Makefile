@@ -1,9 +1,10 @@
 # make study    set up, then the whole default study -> figures/emojishift     (STUDY=grid SEEDS=3, DATA=/path, CORES=8,
 #               SET='{encoder: vit_base_patch16_224.dino=/path/file.pth}' in every run, GPUS=4 of this machine, PROCESSES=2 of torchrun
-#               and as many GPUs a run, MEM_MB=12000 for all runs together)
+#               and as many GPUs a run, MEM_MB=12000 for all runs together, PROFILE=slurm or gpu-node of profiles/)
 # make status   what of the study is done, running or failed, and why, and disk use
 # make prune    what in runs/ no study and no table needs; DELETE=yes deletes it
-# make test     set up, then every test, with every notebook among them
+# make setup    the environment alone, .venv                                   (TORCH=cpu leaves out what only a GPU needs)
+# make test     set up, then every test, with every notebook among them; make test-fast leaves out the longest
 # make bench    chapter 10 at full size, peers installed: tens of minutes -> figures/benchmarks
 # make outputs  execute the chapters of the book again and keep what a reader of a code host sees
 # make docs     the documentation site -> _docs/

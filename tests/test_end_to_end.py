@@ -1,4 +1,4 @@
-"A short run through the command line, as studies do it: train, sweep; a graph with figures; again for nothing."
+"A short run through the command line: train, sweep; a graph with figures; again for nothing."
 
 import json
 import os
