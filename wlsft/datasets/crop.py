@@ -16,7 +16,18 @@ from PIL import Image, ImageOps
 from ..core.params import check_choice, check_range
 
 # %% ../../nbs/datasets/crop.ipynb #0f6834a6
+def _heic() -> tuple[str, ...]:
+    "Suffixes of phones' pictures, where the package `pillow-heif` is installed."
+    try:
+        import pillow_heif
+    except ModuleNotFoundError:
+        return ()
+    pillow_heif.register_heif_opener()
+    return (".heic", ".heif")
+
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
+IMAGE_SUFFIXES += _heic()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

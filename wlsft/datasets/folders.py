@@ -52,7 +52,8 @@ def image_files(
 def not_read(folder: Path) -> list[str]:
     "What files below a folder are no images that can be read, by suffix."
     suffixes = Counter(path.suffix.lower() for path in _files_in(folder) if not _is_image(path))
-    return [f"{n} files ending in {suffix or 'nothing'} are not read" for suffix, n in suffixes.items()]
+    lines = [f"{n} files ending in {suffix or 'nothing'} are not read" for suffix, n in suffixes.items()]
+    return [line.replace(".heic", ".heic (`pip install pillow-heif`)") for line in lines]
 
 # %% ../../nbs/datasets/folders.ipynb #281d8064
 def class_files(folder: Path) -> dict[str, list[Path]]:
