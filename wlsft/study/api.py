@@ -29,7 +29,7 @@ def finetune(
     runs: str | Path = "",  # where runs are kept; empty: `runs/`
     data: str | Path = "",  # see `data_folder`
     device: str = "",  # cpu, cuda, cuda:1; empty: a GPU if there is one
-    report: str = "",  # csv, tensorboard, trackio or wandb: watch its steps
+    report: str = "",  # csv, tensorboard, trackio or wandb: watch its steps; csv+knn: k-NN too
     **params: Any,  # encoder, corpus, adapter, epochs, lr, ...: what `wlsft train --help` lists
 ) -> Run:
     "Tune an encoder on images with text, or load the run if it is there. Raises as `train_run`."

@@ -188,7 +188,9 @@ def _run_parsers(commands) -> None:
     described = f"parameters:\n{describe_parameters()}"
     train = commands.add_parser("train", help="train a run", epilog=described, formatter_class=plain)
     _add_parameters(train)
-    train.add_argument("--report", default="", help=f"watch its steps: {', '.join(TRACKERS)}")
+    train.add_argument(
+        "--report", default="", help=f"watch its steps: {', '.join(TRACKERS)}; csv+knn: k-NN too"
+    )
     sweep = _sweep_parser(commands)
     for parser, function in ((train, _train), (sweep, _sweep)):
         _add_places(parser)

@@ -101,7 +101,8 @@ def _train(p: dict[str, Any], folder: Path, root: str | Path, device: torch.devi
     head_0 = clone_state(task.head) if task.head_0 is None else task.head_0
     loop = {name: p[name] for name in loop_options(p["method"])}
     if report and rank_and_world()[0] == 0:
-        loop |= dict(report=make_report(report, folder, p))
+        steps = len(task.images) // p["batch_size"]
+        loop |= dict(report=make_report(report, folder, p, encoder, steps, root))
     history = method.fit(encoder, task, seed=p["seed"], checkpoint=folder / "state.pt", **loop)
     if rank_and_world()[0] == 0:
         info: dict[str, Any] = dict(parameters=p, corpus=source_label(p), name=folder.name, history=history)
