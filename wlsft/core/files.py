@@ -153,7 +153,8 @@ def file_lock(
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # Windows keeps open files
+            path.unlink(missing_ok=True)
         f.close()
 
 # %% ../../nbs/core/files.ipynb #6d2d1353

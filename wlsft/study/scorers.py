@@ -50,20 +50,24 @@ def register_scorer(name: str) -> Callable:
     return register
 
 # %% ../../nbs/study/scorers.ipynb #fa231f1d
-def _say_small_banks(suite: Suite, sets: Sequence[str]) -> None:
-    "Say which sets have a bank smaller than the main k."
+def _say_small_banks(rows: pd.DataFrame, suite: Suite) -> None:
+    "Say which sets have a bank that is too small for the main k."
+    kept = rows[(rows.bank == "id") & rows.correct.notna()].drop_duplicates("set")
     notes = []
-    for name in sets:
-        size = len(suite.banks["id"].get(name, ()))
-        if 0 < size < MAIN_K:
-            notes.append(f"the bank of {name} has {size} images, so k goes up to {size} and not to {MAIN_K}")
+    for row in kept[kept.k < MAIN_K].itertuples():
+        size = len(suite.banks["id"][row.set])
+        notes.append(
+            f"the bank of {row.set} has {size} images, too few for k = {MAIN_K}; k = {row.k} instead"
+        )
     announce(suite.name, notes, [])
 
 
 @register_scorer("knn")
 def _score_knn(point: Point) -> pd.DataFrame:
-    _say_small_banks(point.suite, point.sets)
-    return transfer_and_retention(point.features, point.suite, point.sets, point.banks, metrics=point.metrics)
+    what = (point.features, point.suite, point.sets, point.banks)
+    rows = transfer_and_retention(*what, metrics=point.metrics)
+    _say_small_banks(rows, point.suite)
+    return rows
 
 # %% ../../nbs/study/scorers.ipynb #e5b1a3d1
 @register_scorer("head")
