@@ -26,10 +26,10 @@ def _heic() -> tuple[str, ...]:
     return (".heic", ".heif")
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
-IMAGE_SUFFIXES += _heic()
+_PILLOW = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
+IMAGE_SUFFIXES = _PILLOW + _heic()
 
-
+# %% ../../nbs/datasets/crop.ipynb #cca5e8ee
 def to_rgb(image: Image.Image) -> Image.Image:
     "Any mode as 8-bit RGB: as Pillow converts, but 16-bit greys are scaled instead of clipped."
     if image.mode.startswith("I") or image.mode == "F":

