@@ -52,6 +52,8 @@ def register_scorer(name: str) -> Callable:
 # %% ../../nbs/study/scorers.ipynb #fa231f1d
 def _say_small_banks(rows: pd.DataFrame, suite: Suite) -> None:
     "Say which sets have a bank that is too small for the main k."
+    if rows.empty:
+        return
     kept = rows[(rows.bank == "id") & rows.correct.notna()].drop_duplicates("set")
     notes = []
     for row in kept[kept.k < MAIN_K].itertuples():
