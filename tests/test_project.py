@@ -161,6 +161,11 @@ def test_nbdev_clean_keeps_the_parameters_tag(tmp_path):
     assert notebook_parameters(copy) == notebook_parameters(SPINE[0])
 
 
+def test_every_notebook_is_valid():
+    for path in NBS.rglob("*.ipynb"):
+        nbformat.validate(json.loads(path.read_text(encoding="utf-8")))
+
+
 # The schema of runs
 
 

@@ -48,7 +48,8 @@ def _tidy(cell: dict[str, Any]) -> None:
     cell["outputs"] = [output for output in cell["outputs"] if _kept(output)]
     cell["metadata"].pop("execution", None)
     for output in cell["outputs"]:
-        output["metadata"] = {}
+        if "data" in output:
+            output["metadata"] = {}
         if "execution_count" in output:
             output["execution_count"] = None
         if "image/png" in output.get("data", {}):
