@@ -4,7 +4,7 @@
 # make status   what of the study is done, running or failed, and why, and disk use
 # make prune    what in runs/ no study and no table needs; DELETE=yes deletes it
 # make setup    the environment alone, .venv                                   (TORCH=cpu leaves out what only a GPU needs)
-# make test     set up, then every test, with every notebook among them; make test-fast leaves out the longest
+# make test     set up, then every test, with every notebook among them; make test-fast: style, project, changed chapters
 # make bench    chapter 10 at full size, peers installed: tens of minutes -> figures/benchmarks
 # make outputs  execute the chapters of the book again and keep what a reader of a code host sees
 # make docs     the documentation site -> _docs/

@@ -1,5 +1,9 @@
 "What several tests run on."
 
+import re
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -7,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-
+ROOT = Path(__file__).resolve().parent.parent
 LONGEST = (  # names of tests and notebooks, longest first
     "07_flyp",
     "06_lp_ft",
@@ -27,8 +31,18 @@ LONGEST = (  # names of tests and notebooks, longest first
 )
 
 
+QUICK = ("test_style", "test_project", "test_golden")  # what a change breaks first
+
+
 def pytest_addoption(parser):
-    parser.addoption("--fast", action="store_true", help="leave out the tests that take longest")
+    parser.addoption("--fast", action="store_true", help="QUICK, and the notebooks that git sees changed")
+
+
+def changed_notebooks():
+    "Names of notebooks, as tests have them, that differ from the last commit."
+    status = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
+    paths = re.findall(r"nbs/(\S+)\.ipynb", status.stdout)
+    return [f"[{path}]" for path in paths]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -39,9 +53,11 @@ def pytest_collection_modifyitems(config, items):
 
     items.sort(key=place)
     if config.getoption("--fast"):
-        quick = [item for item in items if place(item) == len(LONGEST)]
-        config.hook.pytest_deselected(items=items[: len(items) - len(quick)])
-        items[:] = quick
+        kept = [*QUICK, *changed_notebooks()]
+        wanted = re.compile("|".join(map(re.escape, kept)))
+        left = [item for item in items if not wanted.search(item.nodeid)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = list(filter(lambda item: wanted.search(item.nodeid), items))
 
 
 @pytest.fixture(scope="session")
