@@ -210,7 +210,8 @@ def test_two_processes_train_what_one_does(data, small, tmp_path):
 
 
 def dry_run(*config):
-    command = ["snakemake", "--cores", "1", "-n", "--quiet", "--config", *config]
+    command = ["snakemake", "--workflow-profile", "profiles/gpu-node", "-n", "-p", "--quiet", "progress"]
+    command += ["--config", *config]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -220,6 +221,7 @@ def test_the_graph(data, tmp_path):
     places = (f"data={data}", f"runs={tmp_path}")
     code, output = dry_run("study=coco10k", *places, "processes=2", f"set={everywhere}")
     assert code == 0, output[-2000:]
+    assert "wlsft with-gpus 2 torchrun" in output  # the profile's GPUs, two of them to a run
 
 
 PAIRS = dict(encoder="test_vit={}/dino.pth", n_pairs=24, memory_size=4, rank=8)

@@ -71,7 +71,7 @@ def _spread(labels: torch.Tensor, n: int, seed: int) -> torch.Tensor:
     place = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
     return by_class[place.argsort(stable=True)[:n]].sort().values
 
-
+# %% ../../nbs/models/sources.ipynb #bafcf52c
 def load_training(
     encoder: Encoder,  # whose input size the images are decoded for
     sources: Sources,
@@ -80,11 +80,14 @@ def load_training(
 ]:  # suite, rows of its bank, their images, views
     """A suite and its ID training images, as they are decoded to train.
 
-    With `n_pairs`, that many of them, as evenly over the classes as can be.
+    With `n_pairs`, that many of them, as evenly over the classes as can be. Raises `DataError` for too many.
     """
     suite = load_suite(sources.suite, sources.root, **input_options(encoder))
     rows = suite.banks["id"]["id-test"]
     rows = rows[~torch.isin(rows, suite.sets["id-val"])]
+    if sources.n_pairs > len(rows):
+        had = f"only {len(rows)} training images of {sources.suite} can be read"
+        raise DataError(f"{had}, n_pairs = {sources.n_pairs} are wanted; 0 takes all")
     if sources.n_pairs:
         rows = rows[_spread(suite.labels[rows], sources.n_pairs, sources.seed)]
     images, options = training_views(suite.images[rows], sources.views)

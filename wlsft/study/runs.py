@@ -39,7 +39,7 @@ from wlsft.study.schema import (
     runs_folder,
     source_label,
 )
-from .trackers import make_report
+from .trackers import check_report, make_report
 from ..models.sources import Sources
 from ..train import Method, Task
 
@@ -53,6 +53,7 @@ def train_run(
 ) -> Path:  # the run's folder
     "Train one run, resuming or skipping as the folder allows."
     resolved = resolve(params)
+    check_report(report, resolved)
     folder = runs_folder(runs) / run_name(resolved, root)
     with run_once(folder / ".lock", folder / "run.json") as missing:
         if missing:
