@@ -91,10 +91,11 @@ def claimed_gpus(
 # %% ../../nbs/core/device.ipynb #6fe958a5
 @functools.cache
 def _prefer_onednn() -> bool:
-    "Is this a processor that MKL is slow on, and is oneDNN available?"
+    "Is this a processor whose widest instructions MKL does not use, and is oneDNN available?"
     capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return (
         "AMD" in capabilities.get("cpu_name", "")
+        and capabilities.get("avx512_f", False)
         and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
