@@ -191,7 +191,7 @@ def load_pairs(
     cache: str | Path = "",  # folder of the decoded images
     templates: Sequence[Callable] | None = None,  # of prompts; None: the corpus's default
 ) -> PairCorpus:
-    "A pair corpus by name. Raises `DataError` if its files are missing."
+    "A pair corpus by name. Raises `DataError` if its files are missing, or fewer than `n_pairs`."
     check_corpus(corpus)
     check_range("n_pairs", n_pairs, 0, 10**9, integer=True)
     size = round(side / 0.875)
@@ -199,7 +199,10 @@ def load_pairs(
         return custom_pairs(corpus, n_pairs, seed, size, cache)
     entry = CORPORA[corpus]
     options = dict(templates=templates) if entry.prompts else {}
-    return entry.read(data_folder(root), n_pairs or entry.n_pairs, seed, size, cache, **options)
+    pairs = entry.read(data_folder(root), n_pairs or entry.n_pairs, seed, size, cache, **options)
+    if n_pairs > len(pairs.group):
+        raise DataError(f"{corpus} has {len(pairs.group)} pairs, n_pairs = {n_pairs} are wanted; 0 takes all")
+    return pairs
 
 # %% ../../nbs/datasets/corpora.ipynb #d0000014
 def default_suite(corpus: str) -> str:
