@@ -78,7 +78,8 @@ def figure_ways(
     for ax, name in zip(axes[0], sets):
         ax.plot(line["ID"], line[name], "ko-", ms=3, label="interpolation, alpha from 0 to 1")
         for way, color in _WAYS.values():
-            part = wide[wide.way == way].sort_values("strength", ascending=way not in _FROM_BELOW)
+            part = wide[(wide.way == way) & (wide.alpha > 0)]
+            part = part.sort_values("strength", ascending=way not in _FROM_BELOW)
             from_end = pd.concat([line.tail(1), part] if len(part) > 1 else [part])
             ax.plot(from_end["ID"], from_end[name], "--", lw=0.8, color=color)
             ax.plot(part["ID"], part[name], "s", ms=4, color=color, label=way)
@@ -150,11 +151,18 @@ def cost_sentences(
         values = "; ".join(f"{r.Index} {format_interval(r, False)}" for r in part.itertuples())
         lines.append(f"- **Full fine-tuning at alpha = {alpha:g}** (seeds: {part.seeds.max()}): {values}.")
     tested = gaps[gaps["set"] != "ID"]
+    on_the_line = []
     for way, part in tested.groupby("way"):
         clear = part[part.p < 0.05]
         told = [f"{r.set} at {r.strength:g} {format_interval(r, False)}" for r in clear.itertuples()]
-        size = f"effects of {part.detectable.min():.1f} to {part.detectable.max():.1f} points would show"
-        where = f"matched alpha {part.matched.min():.2f} to {part.matched.max():.2f}"
-        found = "; ".join(told) or "no difference beyond Holm"
-        lines.append(f"- **{way} minus the line** ({where}): {found}; {size}.")
+        if told:
+            lines.append(f"- **{way} minus the line** at the same ID, beyond Holm: {'; '.join(told)}.")
+        else:
+            on_the_line.append(way)
+    size = tested[tested.way.isin(on_the_line)].detectable
+    if on_the_line:
+        power = f"effects of {size.min():.1f} to {size.max():.1f} points would show"
+        lines.append(
+            f"- **Not off the line** beyond Holm, on any far set: {', '.join(on_the_line)}; {power}."
+        )
     return lines

@@ -8,6 +8,7 @@ __all__ = ['RETAINED', 'DOSE', 'p_value', 'holm', 'detectable', 'one_se_alpha', 
            'primary_sentences', 'dose_sentences']
 
 # %% ../../nbs/reports/rivals.ipynb #6e077119
+import math
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -22,12 +23,15 @@ from .tables import format_interval
 def p_value(
     draws: np.ndarray,  # (draws + 1,), the estimate first
 ) -> float:
-    "Two-sided, against zero."
-    sample = draws[1:]
+    "Two-sided, against zero; by the normal tail where no draw reaches zero."
+    sample, spread = draws[1:], draws[1:].std()
     if np.all(sample == 0):
         return 1.0
     side = min(np.sum(sample <= 0), np.sum(sample >= 0))
-    return float(min(1.0, 2 * (side + 1) / (len(sample) + 1)))
+    counted = min(1.0, 2 * (side + 1) / (len(sample) + 1))
+    if side or not spread:
+        return float(counted)
+    return min(counted, math.erfc(abs(draws[0]) / spread / math.sqrt(2)))
 
 
 def holm(
