@@ -91,51 +91,49 @@ def figure_ways(
 
 # %% ../../nbs/reports/cost.ipynb #e68dc49e
 def matched_alpha(
-    line: dict[float, float],  # alpha -> accuracy
-    value: float,  # an accuracy
-) -> float:
+    line: np.ndarray,  # (A, draws), accuracy of the line in every draw
+    alphas: np.ndarray,  # (A,), rising
+    values: np.ndarray,  # (draws,), an accuracy
+) -> np.ndarray:  # (draws,)
     "The smallest alpha at which the line has this accuracy, or where it comes closest."
-    alphas = sorted(line)
-    for low, high in zip(alphas, alphas[1:]):
-        start, end = line[low], line[high]
-        if start <= value <= end:
-            share = (value - start) / (end - start) if end > start else 0.0
-            return low + share * (high - low)
-    return alphas[0] if value < line[alphas[0]] else max(alphas, key=line.__getitem__)
+    found = np.where(values < line[0], alphas[0], alphas[line.argmax(0)])
+    for i in reversed(range(len(alphas) - 1)):
+        start, end = line[i], line[i + 1]
+        share = np.divide(values - start, end - start, out=np.zeros_like(values), where=end > start)
+        inside = (start <= values) & (values <= end)
+        found = np.where(inside, alphas[i] + share * (alphas[i + 1] - alphas[i]), found)
+    return found
 
 
 def line_at(
-    draws: dict[float, np.ndarray],  # alpha -> draws
-    alpha: float,  # between the smallest and the largest
-) -> np.ndarray:
-    "Draws of the line at any alpha, straight between its points."
-    low = max(a for a in draws if a <= alpha)
-    high = min(a for a in draws if a >= alpha)
-    share = (alpha - low) / (high - low) if high > low else 0.0
-    return (1 - share) * draws[low] + share * draws[high]
+    line: np.ndarray,  # (A, draws)
+    alphas: np.ndarray,  # (A,), rising
+    at: np.ndarray,  # (draws,), an alpha of every draw
+) -> np.ndarray:  # (draws,)
+    "The line at these alphas, straight between its points."
+    low = np.clip(np.searchsorted(alphas, at, side="right") - 1, 0, len(alphas) - 2)
+    share = (at - alphas[low]) / (alphas[low + 1] - alphas[low])
+    draw = np.arange(line.shape[1])
+    return (1 - share) * line[low, draw] + share * line[low + 1, draw]
 
 # %% ../../nbs/reports/cost.ipynb #8ee91445
 def against_line(
     change: pd.DataFrame,  # from `differences`, one encoder
-    sets: Sequence[str] = ("ID", "OOD", "photographs", *RETAINED),
-) -> (
-    pd.DataFrame
-):  # way, strength, seeds, matched, set, value, low, high, p (Holm over all but ID), detectable
-    "Each way minus the line where it has the same accuracy in distribution, draw by draw."
-    by_name = change[_is_line(change)].groupby("set")
-    line = {name: part.set_index("alpha").draws.to_dict() for name, part in by_name}
-    in_distribution = {alpha: draws[0] for alpha, draws in line["ID"].items()}
-    end = ways(change[(change.alpha > 0) & ~_is_line(change)])
+    sets: Sequence[str] = ("OOD", "photographs", *RETAINED),
+) -> pd.DataFrame:  # way, strength, alpha, seeds, matched, set, value, low, high, p (Holm), detectable
+    "Each way minus the line where it has the same accuracy in distribution, in every draw."
+    own = change[_is_line(change)].sort_values("alpha")
+    alphas = own[own["set"] == "ID"].alpha.to_numpy()
+    line = {name: np.stack(part.draws.to_list()) for name, part in own.groupby("set")}
     parts = []
-    for _, part in end.groupby(["way", "strength"]):
+    for _, part in ways(change[(change.alpha > 0) & ~_is_line(change)]).groupby(["way", "strength"]):
         by_set = part.set_index("set")
-        alpha = matched_alpha(in_distribution, by_set.draws["ID"][0])
-        gaps = [by_set.draws[name] - line_at(line[name], alpha) for name in sets]
-        known = by_set.loc[list(sets), ["way", "strength", "seeds"]].reset_index()
-        parts.append(known.assign(matched=alpha, draws=gaps))
+        at = matched_alpha(line["ID"], alphas, by_set.draws["ID"])
+        gaps = [by_set.draws[name] - line_at(line[name], alphas, at) for name in sets]
+        known = by_set.loc[list(sets), ["way", "strength", "alpha", "seeds"]].reset_index()
+        parts.append(known.assign(matched=at[0], draws=gaps))
     found = pd.concat(parts, ignore_index=True)
-    tested = found["set"] != "ID"
-    found.loc[tested, "p"] = holm([p_value(gap) for gap in found[tested].draws])
+    found = found.assign(p=holm([p_value(gap) for gap in found.draws]))
     return with_interval(found.assign(detectable=[detectable(gap) for gap in found.draws]))
 
 # %% ../../nbs/reports/cost.ipynb #85867a06
@@ -150,16 +148,15 @@ def cost_sentences(
         part = line[line.alpha == alpha].set_index("set").loc[list(SHOWN)]
         values = "; ".join(f"{r.Index} {format_interval(r, False)}" for r in part.itertuples())
         lines.append(f"- **Full fine-tuning at alpha = {alpha:g}** (seeds: {part.seeds.max()}): {values}.")
-    tested = gaps[gaps["set"] != "ID"]
     on_the_line = []
-    for way, part in tested.groupby("way"):
+    for way, part in gaps.groupby("way"):
         clear = part[part.p < 0.05]
         told = [f"{r.set} at {r.strength:g} {format_interval(r, False)}" for r in clear.itertuples()]
         if told:
             lines.append(f"- **{way} minus the line** at the same ID, beyond Holm: {'; '.join(told)}.")
         else:
             on_the_line.append(way)
-    size = tested[tested.way.isin(on_the_line)].detectable
+    size = gaps[gaps.way.isin(on_the_line)].detectable
     if on_the_line:
         power = f"effects of {size.min():.1f} to {size.max():.1f} points would show"
         lines.append(
