@@ -4,7 +4,7 @@ import pytest
 import torch
 from wlsft.core.params import ParameterError
 from wlsft.interpolation import changed_keys
-from wlsft.study.derived import at_epoch, lines, random_direction, soup
+from wlsft.study.derived import at_epoch, lines, mean_of_epochs, random_direction, run_to_sweep, soup
 from wlsft.study.runs import load_run, train_run
 from wlsft.study.schema import resolve
 
@@ -81,6 +81,14 @@ def test_epochs_are_kept_and_the_last_is_the_end(trained):
     assert not changed_keys(run.theta_1, last.theta_1) and changed_keys(run.theta_1, first.theta_1)
     assert torch.equal(last.head_1["weight"], run.head_1["weight"])
     assert len({r.info["theta"] for r in (run, first, last)}) == 3
+    mean = mean_of_epochs(run.name, trained.runs)
+    kept = [at_epoch(run.name, epoch, trained.runs).theta_1 for epoch in (1, 2, 3)]
+    for key in changed_keys(run.theta_0, run.theta_1):
+        torch.testing.assert_close(mean.theta_1[key], (kept[0][key] + kept[1][key] + kept[2][key]) / 3)
+    asked = run_to_sweep(run.name, ("", ""), dict(epoch=0, after="epochs"), trained.runs)
+    assert asked.info["derived"] == "mean of epochs" and asked.info["theta"] == mean.info["theta"]
+    with pytest.raises(ParameterError, match="takes every epoch"):
+        run_to_sweep(run.name, ("", ""), dict(epoch=2, after="epochs"), trained.runs)
     with pytest.raises(ParameterError, match="epoch = 7"):
         at_epoch(run.name, 7, trained.runs)
     with pytest.raises(ParameterError, match="keep_epochs"):

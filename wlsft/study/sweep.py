@@ -28,7 +28,7 @@ from ..evaluation.metrics import METRICS
 from ..evaluation.stats import COLUMNS
 from ..interpolation import interpolate
 from ..models.base import input_options
-from .derived import AFTER
+from .derived import AFTER, EPOCHS
 from .runs import Run, sources_of
 from .scorers import SCORERS, Point
 from .sweep_features import SweepPlan, images_key, sweep_features
@@ -45,7 +45,7 @@ SWEEP: dict[str, Any] = dict(
     max_feature_error=0.0,  # 0: compute every alpha; else interpolate features up to this relative error
     bf16=False,  # half precision in the encoder; search and probe are always in single
     epoch=0,  # weights after this epoch, of a run with `keep_epochs`; 0: the last
-    after="",  # lines (LiNeS), or random (a direction of the same length)
+    after="",  # lines (LiNeS), epochs (their mean), or random (a direction of the same length)
     unreadable="refuse",  # images on disk that cannot be read; or `skip` them, with their number in the rows
 )
 
@@ -61,7 +61,7 @@ def resolve_sweep(
     for name in p["metrics"]:
         check_choice("metrics", name, METRICS)
     check_choice("unreadable", p["unreadable"], ("refuse", "skip"))
-    check_choice("after", p["after"], ("", *AFTER))
+    check_choice("after", p["after"], ("", EPOCHS, *AFTER))
     if p["suite"] and p["suite"] != HELD_OUT:
         check_suite(p["suite"])
     return p
