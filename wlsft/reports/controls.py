@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..evaluation.stats import with_interval
 from .plots import labels
-from .rivals import RETAINED, detectable, holm, p_value
+from .rivals import RETAINED, tested
 from .tables import format_interval, verdict
 
 # %% ../../nbs/reports/controls.ipynb #00048fa6
@@ -35,8 +35,7 @@ def control_gaps(
     true = end[_is_reference(end)].set_index("set").draws
     others = end[~_is_reference(end)]
     gaps = [true[r.set] - r.draws for r in others.itertuples()]
-    found = others.assign(draws=gaps, label=labels(others), p=holm([p_value(gap) for gap in gaps]))
-    return with_interval(found.assign(detectable=[detectable(gap) for gap in gaps]))
+    return with_interval(tested(others.assign(draws=gaps, label=labels(others))))
 
 # %% ../../nbs/reports/controls.ipynb #294a2d98
 def by_pairs(
@@ -61,7 +60,7 @@ def penalty_gaps(
     half = boot[(boot.variant == "") & (boot.alpha == 0.5)].set_index("set").draws
     others = boot[(boot.variant != "") & (boot.alpha == 1) & boot["set"].isin(sets)]
     gaps = [half[r.set] - r.draws for r in others.itertuples()]
-    return with_interval(others.assign(draws=gaps, p=holm([p_value(gap) for gap in gaps])))
+    return with_interval(tested(others.assign(draws=gaps)))
 
 # %% ../../nbs/reports/controls.ipynb #7a43e43f
 def control_sentences(

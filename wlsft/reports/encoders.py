@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..evaluation.stats import bootstrap_table, differences, with_interval
 from .plots import labels
-from .rivals import RETAINED, detectable, holm, p_value
+from .rivals import RETAINED, tested
 from .tables import format_interval
 
 # %% ../../nbs/reports/encoders.ipynb #42c30137
@@ -83,8 +83,7 @@ def halfway(
         gaps = [d - other[tuple(k)] for d, k in zip(middle.draws, middle[key].to_numpy())]
         parts.append(middle.assign(end=end, draws=gaps))
     found = pd.concat(parts, ignore_index=True)
-    found = found.assign(label=labels(found), p=holm([p_value(gap) for gap in found.draws]))
-    return with_interval(found.assign(detectable=[detectable(gap) for gap in found.draws]))
+    return with_interval(tested(found.assign(label=labels(found))))
 
 # %% ../../nbs/reports/encoders.ipynb #aff610bf
 def _listed(found: pd.DataFrame, of: int) -> str:
@@ -163,7 +162,7 @@ def classifier_gaps(
         for other in names[i + 1 :]:
             found += [(one, other, name, draws[one, name] - draws[other, name]) for name in sets]
     gaps = pd.DataFrame(found, columns=["one", "other", "set", "draws"])
-    return with_interval(gaps.assign(p=holm([p_value(gap) for gap in gaps.draws])))
+    return with_interval(tested(gaps))
 
 # %% ../../nbs/reports/encoders.ipynb #edb073c2
 def order_sentences(
