@@ -7,6 +7,7 @@ __all__ = ['tuned_on_keywords', 'start_sentence', 'end_sentences', 'headline_tab
            'by_class_names', 'class_name_sentences', 'classifier_table', 'classifier_gaps', 'order_sentences']
 
 # %% ../../nbs/reports/encoders.ipynb #8f1e2d52
+import itertools
 from collections.abc import Sequence
 
 import pandas as pd
@@ -61,7 +62,7 @@ def headline_table(
     change = change[change.alpha.isin(alphas) & change["set"].isin(sets)]
     change = change.assign(label=labels(change), text=[format_interval(r) for r in change.itertuples()])
     wide = change.pivot(index=["label", "alpha"], columns=["encoder", "set"], values="text")
-    columns = [(encoder, name) for encoder in sorted(set(change.encoder)) for name in sets]
+    columns = list(itertools.product(sorted(set(change.encoder)), sets))
     lines = ["| tuned | alpha | " + " | ".join(f"{encoder}: {name}" for encoder, name in columns) + " |"]
     lines.append("| --- " * (len(columns) + 2) + "|")
     for (label, alpha), row in wide[columns].iterrows():
