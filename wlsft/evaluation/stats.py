@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'CONFIG', 'KEY', 'RETENTION', 'ClusterBootstrap', 'percent
 
 # %% ../../nbs/evaluation/stats.ipynb #59ec365c
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -151,15 +151,16 @@ def _comparable(
 
 # %% ../../nbs/evaluation/stats.ipynb #58edda8d
 def _seed_samples(
-    counts: Sequence[int],  # numbers of seeds that occur
+    seeds: Iterable[tuple[int, ...]],  # of every configuration, rising
     draws: int,  # bootstrap draws
     seed: int,  # of the draws
-) -> dict[int, np.ndarray]:  # n -> int (draws + 1, n), which of n seeds; row 0 has each once
-    "Bootstrap samples of the seeds, shared by all configurations with the same number of seeds."
+) -> dict[tuple[int, ...], np.ndarray]:  # seeds -> int (draws + 1, n), which of n; row 0 has each once
+    "Bootstrap samples of the seeds, shared by all configurations with the same seeds."
     rng = np.random.default_rng(seed)
     samples = {}
-    for n in sorted(set(counts)):
-        samples[n] = np.vstack([np.arange(n), rng.integers(0, n, (draws, n))])
+    for found in sorted(set(seeds)):
+        n = len(found)
+        samples[found] = np.vstack([np.arange(n), rng.integers(0, n, (draws, n))])
     return samples
 
 
@@ -185,12 +186,13 @@ def bootstrap_table(
     clusters = itertools.chain.from_iterable(use.drop_duplicates("set").cluster)
     boot = ClusterBootstrap(list(clusters), draws, seed)
     use = use.assign(draws=[boot.accuracy(*kept) for kept in zip(use.correct, use.cluster)])
-    samples = _seed_samples(use.groupby([*KEY, "set"]).size(), draws, seed)
+    use = use.sort_values("seed")
+    samples = _seed_samples(use.groupby([*KEY, "set"]).seed.agg(tuple), draws, seed)
     column = np.arange(draws + 1)[:, None]
     out = []
-    for key, part in use.sort_values("seed").groupby([*KEY, "set"]):
+    for key, part in use.groupby([*KEY, "set"]):
         stack = np.stack(part.draws.to_list())  # (seeds, draws + 1)
-        mean = stack[samples[len(stack)], column].mean(1)
+        mean = stack[samples[tuple(part.seed)], column].mean(1)
         out.append((*key, mean, len(stack)))
     table = pd.DataFrame(out, columns=[*KEY, "set", "draws", "seeds"])
     table["set"] = table["set"].replace({"id-test": "ID", "id-val": "VAL"})
