@@ -62,11 +62,14 @@ def headline_table(
     change = change[change.alpha.isin(alphas) & change["set"].isin(sets)]
     change = change.assign(label=labels(change), text=[format_interval(r) for r in change.itertuples()])
     wide = change.pivot(index=["label", "alpha"], columns=["encoder", "set"], values="text")
-    columns = list(itertools.product(sorted(set(change.encoder)), sets))
-    lines = ["| tuned | alpha | " + " | ".join(f"{encoder}: {name}" for encoder, name in columns) + " |"]
-    lines.append("| --- " * (len(columns) + 2) + "|")
+    encoders = sorted(set(change.encoder))
+    seeds = change.pivot_table(index="label", columns="encoder", values="seeds", aggfunc="min").astype(str)
+    columns = list(itertools.product(encoders, sets))
+    titles = ["tuned", "alpha", *(f"{encoder}: {name}" for encoder, name in columns), "seeds"]
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for (label, alpha), row in wide[columns].iterrows():
-        lines.append(f"| {label} | {alpha:g} | " + " | ".join(row) + " |")
+        cells = [label, f"{alpha:g}", *row, ", ".join(seeds.loc[label, encoders])]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 # %% ../../nbs/reports/encoders.ipynb #634e0c15
