@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..evaluation.stats import bootstrap_table, differences, with_interval
+from ..evaluation.stats import CONFIG, bootstrap_table, differences, with_interval
 from .plots import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, YELLOW, panels
 from .rivals import RETAINED, tested
 from .tables import format_interval
@@ -31,8 +31,9 @@ def _is_line(table: pd.DataFrame) -> pd.Series:
 def name_schedules(
     rows: pd.DataFrame,  # from `read_rows`
 ) -> pd.DataFrame:
-    "Full fine-tuning with fewer epochs gets a variant of its own."
-    shorter = _is_line(rows) & (rows.epochs < rows.epochs.max())
+    "A configuration that was also trained with fewer epochs gets a variant of its own there."
+    most = rows.groupby(CONFIG).epochs.transform("max")
+    shorter = (rows.variant == "") & (rows.epochs < most)
     named = "schedule of " + rows.epochs.astype(int).astype(str)
     return rows.assign(variant=rows.variant.where(~shorter, named))
 
