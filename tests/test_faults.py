@@ -190,7 +190,7 @@ def test_unknown_study_names_those_there_are():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (
         done.returncode != 0
-        and "there are: cc20k, coco10k, controls, dose, emojishift" in done.stdout + done.stderr
+        and "there are: cc20k, coco10k, controls, cost, dose, emojishift" in done.stdout + done.stderr
     )
 
 
