@@ -199,7 +199,7 @@ def _part(exclude: torch.Tensor | None, rows: slice | torch.Tensor) -> torch.Ten
 def knn_screened(
     query: torch.Tensor,  # float32 (N, D)
     bank: torch.Tensor,  # float32 (B, D)
-    k: int,  # neighbours, less than B
+    k: int,  # neighbours, at most B
     exclude: torch.Tensor | None = None,  # see `knn_search`
     dtype: torch.dtype = torch.bfloat16,  # of the products: bfloat16 or float32
     chunk: int = 8192,  # bank rows at a time

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['tuned_on_keywords', 'start_sentence', 'end_sentences', 'headline_table', 'halfway', 'halfway_sentences',
-           'by_class_names', 'class_name_sentences', 'classifier_table', 'classifier_gaps', 'order_sentences']
+           'by_class_names', 'class_name_sentences', 'classifier_table', 'classifier_gaps', 'dose_sentence',
+           'order_sentences']
 
 # %% ../../nbs/reports/encoders.ipynb #8f1e2d52
 import itertools
@@ -169,6 +170,15 @@ def classifier_gaps(
     return with_interval(tested(gaps))
 
 # %% ../../nbs/reports/encoders.ipynb #edb073c2
+def dose_sentence(
+    rows: pd.DataFrame,  # from `read_rows`
+) -> str:
+    "Epochs and rate of the methods that train a classifier, in Markdown."
+    doses = rows[rows.method.isin(["FT", "LP-FT"])].drop_duplicates(["method", "epochs", "lr"])
+    told = [f"{r.method} {r.epochs} epochs at rate {r.lr:g}" for r in doses.itertuples()]
+    return f"- **Own classifiers**: {'; '.join(told)}; LP is LP-FT before tuning."
+
+
 def order_sentences(
     table: pd.DataFrame,  # from `classifier_table`
     gaps: pd.DataFrame,  # from `classifier_gaps`

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'YELLOW', 'STYLE', 'SPLIT_STYLES', 'CORPUS_STYLE', 'MAIN_CONFIGS',
            'Config', 'CONFIG_COLUMNS', 'Style', 'style_of', 'corpus_style', 'corpus_label', 'config_label', 'configs',
-           'rows_of', 'labels', 'sort_configs', 'filter_or_all', 'keep_configs', 'set_style', 'save_table',
-           'save_figure', 'panels', 'outside_legend', 'seeds_note']
+           'rows_of', 'labels', 'sort_configs', 'name_schedules', 'filter_or_all', 'keep_configs', 'set_style',
+           'save_table', 'save_figure', 'panels', 'outside_legend', 'seeds_note']
 
 # %% ../../nbs/reports/plots.ipynb #3523fcef
 import zlib
@@ -175,6 +175,16 @@ def sort_configs(
         return (corpus, method, config) if corpus_first else (method, corpus, config)
 
     return sorted(set(found), key=rank)
+
+# %% ../../nbs/reports/plots.ipynb #156017dd
+def name_schedules(
+    rows: pd.DataFrame,  # from `read_rows`
+) -> pd.DataFrame:
+    "A configuration that was also trained with fewer epochs gets a variant of its own there."
+    most = rows.groupby(["encoder", *CONFIG_COLUMNS]).epochs.transform("max")
+    shorter = (rows.variant == "") & (rows.epochs < most)
+    named = "schedule of " + rows.epochs.astype(int).astype(str)
+    return rows.assign(variant=rows.variant.where(~shorter, named))
 
 # %% ../../nbs/reports/plots.ipynb #bb28a686
 def filter_or_all(
