@@ -90,6 +90,7 @@ RANGES: dict[str, tuple[float, float]] = {  # name -> smallest and largest value
     "epochs": (1, 10_000),
     "epoch": (0, 10_000),
     "eps": (0, 2**0.5),
+    "fold": (0, 5),
     "head_lr": (0, 10),
     "heads": (1, 256),
     "held_out": (0, 0.9),

@@ -15,6 +15,7 @@ import torch
 from ..datasets.base import DataError, PairCorpus, Suite, with_shuffled_texts
 from ..datasets.corpora import load_pairs
 from ..datasets.emojishift import EMOJISHIFT_CORPORA
+from ..datasets.folds import fold_pairs
 from ..datasets.held_out import split_pairs
 from ..datasets.images import ImageFiles
 from ..datasets.suites import load_suite
@@ -32,6 +33,7 @@ class Sources:
     n_pairs: int = 0  # images to train on; 0: as many as a corpus's name says, all of a suite
     noise: float = 0.0  # share of a corpus's images whose texts are shuffled among them
     held_out: float = 0.0  # share of a corpus's texts that are kept from training
+    fold: int = 0  # of EmojiShift's families, that validates, see `datasets.folds`; 0: the usual split
     views: str = "own"  # of a suite's images, see `training_views`
     seed: int = 0  # of the order of pairs, of random heads
     root: str | Path = ""  # see `data_folder`
@@ -55,6 +57,9 @@ def load_pairs_for(
     "The pair corpus; EmojiShift's class prompts have the simple templates."
     side = encoder.pretrained_cfg["input_size"][-1]
     templates = prompt_templates() if sources.corpus in EMOJISHIFT_CORPORA else None
+    if sources.fold:
+        pairs = fold_pairs(sources.corpus, sources.fold, sources.root, tuple(templates or ()))
+        return with_shuffled_texts(pairs, sources.noise, sources.seed)
     options = (sources.root, side, sources.n_pairs, sources.seed, sources.cache, templates)
     pairs = load_pairs(sources.corpus, *options)
     if sources.held_out:

@@ -67,7 +67,7 @@ def sources_of(
     cache: str | Path = "",  # folder of decoded images and embedded texts
 ) -> Sources:
     "Where a run's data come from."
-    names = ("corpus", "suite", "views", "n_pairs", "noise", "held_out", "seed")
+    names = ("corpus", "suite", "views", "n_pairs", "noise", "held_out", "fold", "seed")
     return Sources(**{name: p[name] for name in names if name in p}, root=root, cache=cache)
 
 # %% ../../nbs/study/runs.ipynb #b5ca80fb

@@ -21,6 +21,7 @@ from ..core.params import ParameterError, check_choice, check_parameters, check_
 from ..datasets.base import home_folder, shipped_file
 from ..datasets.corpora import CORPORA, check_corpus, corpus_fingerprint
 from ..datasets.emojishift import emojishift_version
+from ..datasets.folds import check_fold
 from ..datasets.labelled import SUITES
 from ..datasets.suites import check_suite, suite_fingerprint
 from ..flyp import CLIP, FLYP, L2SP, LiT
@@ -48,7 +49,7 @@ def keywords(
 BUILT_IN = (WLSFT, LP, FT, LPFT, FLYP, L2SP, CLIP, LiT, SimCLR, SupCon, LoRA, BitFit, LNTune, Locked)
 _NOT_CHOSEN = ("seed", "views", "checkpoint", "report")  # keywords of `finetune` that the runner fills in
 _SOURCES: dict[str, dict[str, Any]] = {
-    "corpus": dict(corpus="emojishift-keywords", n_pairs=0, noise=0.0, held_out=0.0),
+    "corpus": dict(corpus="emojishift-keywords", n_pairs=0, noise=0.0, held_out=0.0, fold=0),
     "suite": dict(suite="emojishift", views="own", n_pairs=0),
 }
 
@@ -103,6 +104,7 @@ def _check_source(params: dict[str, Any], method: Method) -> None:
     "Raises `ParameterError` for a corpus, suite or kind of encoder that the method does not take."
     if method.reads == "corpus":
         check_corpus(params["corpus"])
+        check_fold(params)
     else:
         check_suite(params["suite"])
     if method.needs == "image-text" and not is_image_text(split_encoder(params["encoder"])[0]):

@@ -20,6 +20,7 @@ from ..core.hashing import code_digest, digest
 from ..core.params import check_choice, check_parameters, check_range, check_values, fill_defaults
 from ..datasets.base import DataError, Suite, without
 from ..datasets.corpora import default_suite
+from ..datasets.folds import FOLDS, fold_suite
 from ..datasets.held_out import HELD_OUT, held_out_suite
 from ..datasets.readable import unreadable as unreadable_images
 from ..datasets.suites import check_suite, load_suite, suite_fingerprint
@@ -89,6 +90,7 @@ def suite_of(
     cache: str | Path = "",  # folder of decoded pairs; empty: a temporary one
 ) -> Suite:
     """The suite to score a run on, decoded for its encoder; `held-out` are the pairs that it did not see.
+    A run with a fold is scored on that.
 
     Raises `ParameterError` where none is known."""
     p = run.info["parameters"]
@@ -96,6 +98,8 @@ def suite_of(
     if name == HELD_OUT or (not name and p.get("held_out")):
         check_range("held_out", p.get("held_out", 0.0), 1e-9, 0.9)
         return held_out_suite(load_pairs_for(run.encoder, sources_of(p, root, cache), "held-out"))
+    if p.get("fold") and not suite:
+        return fold_suite(p["fold"], root)
     if not name:
         check_suite(name)
     return load_suite(name, root, **input_options(run.encoder))
@@ -179,6 +183,8 @@ def variant_of(run: Run) -> str:
         parts.append(f"{p['noise']:.0%} of texts shuffled")
     if p.get("held_out"):
         parts.append(f"{p['held_out']:.0%} of texts held out")
+    if p.get("fold"):
+        parts.append(f"fold {p['fold']} of {FOLDS}")
     return ", ".join(filter(None, [*parts, run.info.get("derived")]))
 
 
