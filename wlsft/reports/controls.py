@@ -13,7 +13,8 @@ import pandas as pd
 
 from ..evaluation.stats import with_interval
 from .plots import labels
-from .rivals import RETAINED, tested
+from .rivals import RETAINED
+from .significance import tested
 from .tables import format_interval, verdict
 
 # %% ../../nbs/reports/controls.ipynb #00048fa6

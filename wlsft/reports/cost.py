@@ -16,7 +16,8 @@ import pandas as pd
 
 from ..evaluation.stats import bootstrap_table, differences, with_interval
 from .plots import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, YELLOW, panels
-from .rivals import RETAINED, tested
+from .rivals import RETAINED
+from .significance import tested
 from .tables import format_interval
 
 # %% ../../nbs/reports/cost.ipynb #2a406446

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['tuned_on_keywords', 'start_sentence', 'end_sentences', 'headline_table', 'halfway', 'halfway_sentences',
            'by_class_names', 'class_name_sentences', 'classifier_table', 'classifier_gaps', 'dose_sentence',
-           'order_sentences']
+           'fit_sentence', 'order_sentences']
 
 # %% ../../nbs/reports/encoders.ipynb #8f1e2d52
 import itertools
+import math
 from collections.abc import Sequence
 
 import pandas as pd
 
 from ..evaluation.stats import bootstrap_table, differences, with_interval
 from .plots import labels
-from .rivals import RETAINED, tested
+from .rivals import RETAINED
+from .significance import tested
 from .tables import format_interval
 
 # %% ../../nbs/reports/encoders.ipynb #42c30137
@@ -179,6 +181,19 @@ def dose_sentence(
     return f"- **Own classifiers**: {'; '.join(told)}; LP is LP-FT before tuning."
 
 
+def fit_sentence(
+    history: pd.DataFrame,  # method, variant, seed, epoch, loss: mean training losses of committed runs
+    classes: int,  # number of classes
+) -> str:
+    "How far the labels of the training images are fitted at the end, in Markdown."
+    last = history.sort_values("epoch").groupby(["method", "variant", "seed"]).tail(1)
+    told = []
+    for (method, variant), part in last.groupby(["method", "variant"]):
+        name = f"{method}, {variant}" if variant else method
+        told.append(f"{name} {part.loss.min():.2f} to {part.loss.max():.2f}")
+    return f"- **Training loss of the last epoch**: {'; '.join(told)}. A guess has {math.log(classes):.2f}."
+
+# %% ../../nbs/reports/encoders.ipynb #9b06e0b9
 def order_sentences(
     table: pd.DataFrame,  # from `classifier_table`
     gaps: pd.DataFrame,  # from `classifier_gaps`

@@ -17,7 +17,8 @@ from ..datasets.base import DataError
 from ..datasets.folds import FOLDS
 from ..evaluation.stats import ClusterBootstrap, bootstrap_table, with_interval
 from .plots import style_of
-from .rivals import RETAINED, tested
+from .rivals import RETAINED
+from .significance import tested
 from .tables import format_interval
 
 # %% ../../nbs/reports/selection.ipynb #02d1e9f4
@@ -108,7 +109,7 @@ def at_choice(
             found.append(made | dict(draws=end.draws - start.draws, seeds=end.seeds))
     return pd.DataFrame(found)
 
-
+# %% ../../nbs/reports/selection.ipynb #44d5a7de
 def against_full(
     changes: pd.DataFrame,  # from `at_choice`
     rule: str = "best",
@@ -169,7 +170,7 @@ def edge_sentence(
         f"- **The best rate is at an edge of those tried**: {', '.join(found)}. A better one may lie beyond."
     )
 
-
+# %% ../../nbs/reports/selection.ipynb #311541c5
 def half_sentence(
     half: pd.DataFrame,  # from `half_against_ends`
 ) -> str:
