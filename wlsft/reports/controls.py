@@ -15,7 +15,7 @@ from ..evaluation.stats import with_interval
 from .plots import labels
 from .rivals import RETAINED
 from .significance import tested
-from .tables import format_interval, verdict
+from .tables import format_interval
 
 # %% ../../nbs/reports/controls.ipynb #00048fa6
 _NOT_CONTROLS = "L2|LDIFS|LiNeS|blocks"  # variants of full fine-tuning that are rivals
@@ -67,12 +67,12 @@ def penalty_gaps(
 
 # %% ../../nbs/reports/controls.ipynb #531dc641
 def memory_gaps(
-    boot: pd.DataFrame,  # from `bootstrap_table`: token replay from several memories
+    change: pd.DataFrame,  # from `differences`: token replay from several memories
     sets: Sequence[str] = ("ID", "OOD", *RETAINED),
 ) -> pd.DataFrame:  # variant, set, value, low, high, p (Holm over the table), detectable
-    "Recorded memory minus every other, at alpha = 1, draw by draw."
-    is_end = (boot.adapter == "token-replay") & (boot.alpha == 1) & boot["set"].isin(sets)
-    end = boot[is_end]
+    "Change by recorded memory minus that by every other, at alpha = 1, draw by draw."
+    is_end = (change.adapter == "token-replay") & (change.alpha == 1) & change["set"].isin(sets)
+    end = change[is_end]
     recorded = end[end.variant == ""].set_index("set").draws
     others = end[end.variant != ""]
     gaps = [recorded[row.set] - row.draws for row in others.itertuples()]
@@ -99,7 +99,10 @@ def control_sentences(
     lines = []
     for name in ("ID", "OOD"):
         part = gaps[(gaps["set"] == name) & ~gaps.variant.str.contains(" pairs")].sort_values("value")
-        told = [f"{r.label} {format_interval(r, False)} ({verdict(r)})" for r in part.itertuples()]
+        told = []
+        for row in part.itertuples():
+            found = "beyond Holm" if row.p < 0.05 else "undecided"
+            told.append(f"{row.label} {format_interval(row, False)} ({found})")
         lines.append(f"- **{name}**, keywords minus a control: " + "; ".join(told) + ".")
     return lines
 

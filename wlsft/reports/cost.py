@@ -190,8 +190,15 @@ def cost_sentences(
     clear, unclear = gaps[gaps.p < 0.05], gaps[gaps.p >= 0.05]
     power = f"Effects of {gaps.detectable.min():.1f} to {gaps.detectable.max():.1f} points would show"
     beyond = f"beyond Holm in {len(clear)} of {len(gaps)}: {_told(clear) or 'none'}"
-    seeds = f"{gaps.seeds.min()} to {gaps.seeds.max()} seeds" if gaps.seeds.nunique() > 1 else "1 seed each"
-    lines.append(f"- **A way minus the line at the same ID** ({seeds}), {beyond}. {power}.")
+    counts = map(str, sorted({gaps.seeds.min(), gaps.seeds.max()}))
+    lines.append(
+        f"- **A way minus the line at the same ID** (seeds: {' to '.join(counts)}), {beyond}. {power}."
+    )
+    worst = gaps.loc[gaps.outside.idxmax()]
+    share = (
+        f"In up to {worst.outside:.0%} of draws ({worst.way}) a way lies outside of the line's range of ID"
+    )
+    lines.append(f"- **Matching**: {share}, and only its nearest point is compared.")
     alone = unclear[(unclear.low > 0) | (unclear.high < 0)]
     if len(alone):
         lines.append(f"- **Beyond their own interval, not beyond Holm**: {_told(alone)}.")

@@ -136,7 +136,7 @@ def class_name_sentences(
     "Accuracy by class names before and its change at alpha = 1, in Markdown."
     change = with_interval(differences(named))
     end = change[change.alpha == 1]
-    start = with_interval(named[named.alpha == 0]).groupby("set").value.first()
+    start = with_interval(named[named.alpha == 0]).groupby("set").value.mean()
     lines = []
     for name, part in end.groupby("set"):
         told = [f"{r.label} {format_interval(r, False)}" for r in part.sort_values("value").itertuples()]

@@ -152,7 +152,7 @@ def firmness_sentences(
         lines.append(f"- **{style_of('WLSFT', adapter).label}**: {'; '.join(told)}.")
     return lines
 
-
+# %% ../../nbs/reports/selection.ipynb #b20e83a8
 def edge_sentence(
     candidates: pd.DataFrame,  # CANDIDATE
     chosen: pd.DataFrame,  # from `choose`
