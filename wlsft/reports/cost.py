@@ -176,6 +176,13 @@ def _told(gaps: pd.DataFrame) -> str:
     return "; ".join(f"{name}: {r.set} {format_interval(r, False)}" for name, r in told)
 
 # %% ../../nbs/reports/cost.ipynb #4ca692fb
+def _matching(gaps: pd.DataFrame) -> str:
+    "How often a way could not be matched."
+    worst = gaps.loc[gaps.outside.idxmax()]
+    share = f"In up to {worst.outside:.0%} of draws ({worst.way}) a way lies outside of the line's ID"
+    return f"- **Matching**: {share}, and only its nearest point is compared."
+
+# %% ../../nbs/reports/cost.ipynb #ff812efa
 def cost_sentences(
     change: pd.DataFrame,  # from `differences`
     gaps: pd.DataFrame,  # from `against_line`
@@ -194,11 +201,7 @@ def cost_sentences(
     lines.append(
         f"- **A way minus the line at the same ID** (seeds: {' to '.join(counts)}), {beyond}. {power}."
     )
-    worst = gaps.loc[gaps.outside.idxmax()]
-    share = (
-        f"In up to {worst.outside:.0%} of draws ({worst.way}) a way lies outside of the line's range of ID"
-    )
-    lines.append(f"- **Matching**: {share}, and only its nearest point is compared.")
+    lines.append(_matching(gaps))
     alone = unclear[(unclear.low > 0) | (unclear.high < 0)]
     if len(alone):
         lines.append(f"- **Beyond their own interval, not beyond Holm**: {_told(alone)}.")
