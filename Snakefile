@@ -28,6 +28,7 @@ RUN = {job.run: job for job in PLAN.values()}
 NAMES = write_plan(PLAN, f"{RUNS}/studies/{STUDY}/plan.json")  # newer than the tables when the study has changed
 REPORT = "flyp" if any(job.params["method"] == "FLYP" for job in PLAN.values()) else "comparison"
 COMPARED = any("probe" in job.sweep["scorers"] for job in PLAN.values())
+FOLDS = any(job.params.get("fold") for job in PLAN.values())  # scored on validation concepts alone: rows, and no figures of chapter 09
 
 
 def parameters(values: dict) -> str:
@@ -82,7 +83,9 @@ localrules: collect,
 
 
 rule all:
-    input: f"figures/{STUDY}/alpha.png", [f"figures/{STUDY}/scatter.png"] if COMPARED else [],
+    input:
+        f"{RUNS}/studies/{STUDY}/rows.parquet" if FOLDS else f"figures/{STUDY}/alpha.png",
+        [f"figures/{STUDY}/scatter.png"] if COMPARED else [],
 
 
 # Two studies may share runs, at the same time: a run's folder has a lock of its own, so whoever comes second waits and finds it done. What is

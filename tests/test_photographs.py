@@ -224,6 +224,14 @@ def test_the_graph(data, tmp_path):
     assert "wlsft with-gpus 2 torchrun" in output  # the profile's GPUs, two of them to a run
 
 
+def test_folds_end_with_their_rows(tmp_path):
+    "Validation concepts alone have no figure in chapter 09."
+    code, output = dry_run("study=folds", f"runs={tmp_path}")
+    assert code == 0 and "studies/folds/rows.parquet" in output and "09_figures" not in output
+    code, output = dry_run("study=rates", f"runs={tmp_path}")
+    assert code == 0 and "09_figures" in output
+
+
 PAIRS = dict(encoder="test_vit={}/dino.pth", n_pairs=24, memory_size=4, rank=8)
 CLIP = dict(encoder="clip_openclipart", templates="{}/templates.txt", bf16=False)
 MINIATURES = {  # study -> what replaces its size

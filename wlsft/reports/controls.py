@@ -38,7 +38,8 @@ def control_gaps(
     true = end[_is_reference(end)].set_index("set").draws
     others = end[~_is_reference(end)]
     gaps = [true[r.set] - r.draws for r in others.itertuples()]
-    return with_interval(tested(others.assign(draws=gaps, label=labels(others))))
+    names = [name.removesuffix(", keywords") for name in labels(others)]
+    return with_interval(tested(others.assign(draws=gaps, label=names)))
 
 # %% ../../nbs/reports/controls.ipynb #294a2d98
 def by_pairs(
@@ -89,7 +90,7 @@ def memory_sentence(
     power = f"Effects of {gaps.detectable.min():.1f} to {gaps.detectable.max():.1f} points would show."
     names = ", ".join(sorted(set(gaps.variant)))
     counts = f"beyond Holm in {len(clear)} of {len(gaps)}: {found}"
-    return f"- **Recorded tokens minus other memories** ({names}): {counts}. {power}"
+    return f"- **Centroids of recorded tokens minus other memories** ({names}): {counts}. {power}"
 
 # %% ../../nbs/reports/controls.ipynb #7a43e43f
 def control_sentences(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOSE', 'bootstrap_by_dose', 'differences_by_dose', 'longest_runs', 'dose_table', 'figure_dose', 'alpha_against_stop',
-           'alpha_against_finished', 'against_lowest_rate', 'hump_table', 'dose_sentences']
+           'alpha_against_finished', 'against_lowest_rate', 'hump_table', 'dose_sentences', 'contrast_sentence']
 
 # %% ../../nbs/reports/dose.ipynb #02663ce7
 from collections.abc import Sequence
@@ -152,3 +152,12 @@ def dose_sentences(
     ends = f"; in {len(hump) - len(inside)} more the better end itself was chosen"
     text = f"beyond Holm in {len(told)} of {len(inside)}: {found}{ends}"
     return [*lines, f"- **Chosen alpha minus the better end**, {text}."]
+
+# %% ../../nbs/reports/dose.ipynb #46ae9d7c
+def contrast_sentence(
+    question: str,
+    table: pd.DataFrame,  # lr, set, value, low, high, p
+) -> str:
+    "Which contrasts of a table are clear of zero after Holm's correction, in Markdown."
+    told = [f"rate {r.lr:g}, {r.set} {format_interval(r, False)}" for r in table.itertuples() if r.p < 0.05]
+    return f"- **{question}**: beyond Holm in {len(told)} of {len(table)}: {'; '.join(told) or 'none'}."
