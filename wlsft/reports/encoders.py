@@ -186,7 +186,7 @@ def fit_sentence(
     classes: int,  # number of classes
 ) -> str:
     "How far the labels of the training images are fitted at the end, in Markdown."
-    last = history.sort_values("epoch").groupby(["method", "variant", "seed"]).tail(1)
+    last = history.fillna({"variant": ""}).sort_values("epoch").groupby(["method", "variant", "seed"]).tail(1)
     told = []
     for (method, variant), part in last.groupby(["method", "variant"]):
         name = f"{method}, {variant}" if variant else method
