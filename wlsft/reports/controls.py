@@ -28,6 +28,15 @@ def _is_reference(boot: pd.DataFrame) -> pd.Series:
     return (boot[columns] == list(REFERENCE)).all(axis=1)
 
 
+def _minus_each(
+    reference: pd.Series,  # draws by set
+    others: pd.DataFrame,  # with set and draws
+) -> pd.DataFrame:
+    "The reference minus each other of the same set, draw by draw, tested."
+    gaps = [reference[row.set] - row.draws for row in others.itertuples()]
+    return with_interval(tested(others.assign(draws=gaps)))
+
+
 def control_gaps(
     boot: pd.DataFrame,  # from `bootstrap_table`
     sets: Sequence[str] = ("ID", "OOD", *RETAINED),
@@ -37,9 +46,8 @@ def control_gaps(
     end = end[~end.variant.str.contains(_NOT_CONTROLS, regex=True)]
     true = end[_is_reference(end)].set_index("set").draws
     others = end[~_is_reference(end)]
-    gaps = [true[r.set] - r.draws for r in others.itertuples()]
     names = [name.removesuffix(", keywords") for name in labels(others)]
-    return with_interval(tested(others.assign(draws=gaps, label=names)))
+    return _minus_each(true, others.assign(label=names))
 
 # %% ../../nbs/reports/controls.ipynb #294a2d98
 def by_pairs(
@@ -63,8 +71,7 @@ def penalty_gaps(
     "alpha = 0.5 of the run without a penalty minus each penalised run at alpha = 1."
     half = boot[(boot.variant == "") & (boot.alpha == 0.5)].set_index("set").draws
     others = boot[(boot.variant != "") & (boot.alpha == 1) & boot["set"].isin(sets)]
-    gaps = [half[r.set] - r.draws for r in others.itertuples()]
-    return with_interval(tested(others.assign(draws=gaps)))
+    return _minus_each(half, others)
 
 # %% ../../nbs/reports/controls.ipynb #531dc641
 def memory_gaps(
@@ -76,8 +83,7 @@ def memory_gaps(
     end = change[is_end]
     recorded = end[end.variant == ""].set_index("set").draws
     others = end[end.variant != ""]
-    gaps = [recorded[row.set] - row.draws for row in others.itertuples()]
-    return with_interval(tested(others.assign(draws=gaps)))
+    return _minus_each(recorded, others)
 
 
 def memory_sentence(
