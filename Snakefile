@@ -104,8 +104,14 @@ rule train:
     shell: "OMP_NUM_THREADS={params.omp} WLSFT_QUIET=1 WLSFT_PROGRESS={params.progress:q} {params.command} > {log:q} 2>&1"
 
 
+def other_run(w) -> list[str]:
+    "The second run of a soup or Model Stock."
+    other = PLAN[w.run, w.rows].other
+    return [f"{RUNS}/{other}/theta.safetensors"] if other else []
+
+
 rule sweep:
-    input: rules.train.output,
+    input: rules.train.output, other_run,
     output: update(f"{RUNS}/{{run}}/rows-{{rows}}.parquet"),
     log: f"{RUNS}/{{run}}/sweep-{{rows}}.log",
     params:

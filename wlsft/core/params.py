@@ -123,6 +123,7 @@ RANGES: dict[str, tuple[float, float]] = {  # name -> smallest and largest value
     "temperature": (1e-6, 1e6),
     "warmup_steps": (0, 10_000_000),
     "weight_decay": (0, 10),
+    "with_seed": (-1, 2**31 - 1),
 }
 
 # %% ../../nbs/core/params.ipynb #16778256

@@ -104,17 +104,26 @@ def distortion(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/evaluation/distortion.ipynb #c92cec10
+def _apart(suite: Suite) -> dict[str, tuple[str, list[str]]]:
+    "name -> shift and sets: all ID tests, all OOD sets, and each far set by itself."
+    found = {}
+    for split in ("ID", "OOD"):
+        found[split] = (split, [s for s in suite.sets if suite.shift[s] == split and s != "id-val"])
+    far = [s for s in suite.sets if suite.shift[s] == "FAR"]
+    return found | {name: ("FAR", [name]) for name in far}
+
+
 def held_out_features(
     encoder: Encoder,
     suite: Suite,
-    query_stride: int = 4,  # use every n-th image
-) -> dict[str, dict[str, torch.Tensor]]:  # `ID` and `OOD` -> `block_features`
-    "Features per block of a suite's test images, ID and OOD apart."
+    query_stride: int = 4,  # use every n-th image, of a far set at least 200 if it has as many
+) -> dict[str, dict[str, torch.Tensor]]:  # `ID`, `OOD` and names of far sets -> `block_features`
+    "Features per block of a suite's test images, ID, OOD and each far set apart."
     found = {}
-    for split in ("ID", "OOD"):
-        names = [s for s in suite.sets if suite.shift[s] == split and s != "id-val"]
-        rows = torch.cat([suite.sets[s] for s in names])[::query_stride]
-        found[split] = block_features(encoder, suite.images[rows])
+    for name, (split, sets) in _apart(suite).items():
+        rows = torch.cat([suite.sets[s] for s in sets])
+        stride = min(query_stride, max(1, len(rows) // 200)) if split == "FAR" else query_stride
+        found[name] = block_features(encoder, suite.images[rows[::stride]])
     return found
 
 
@@ -124,10 +133,11 @@ def distortion_rows(
 ) -> pd.DataFrame:  # result rows with scorer `distortion`, one a split, layer and metric
     "How far the features of every layer moved, as result rows."
     parts = []
-    for split in before:
-        table = distortion(before[split], after[split]).melt("layer", var_name="metric")
-        same = dict(scorer="distortion", bank="", k=0, temperature=0.0, set=split, split=split)
-        n = len(before[split]["feature"])
+    for name in before:
+        table = distortion(before[name], after[name]).melt("layer", var_name="metric")
+        split = name if name in ("ID", "OOD") else "FAR"
+        same = dict(scorer="distortion", bank="", k=0, temperature=0.0, set=name, split=split)
+        n = len(before[name]["feature"])
         parts.append(table.assign(**same, n=n, correct=None, cluster=None))
     columns = "scorer bank layer k temperature set split metric value n correct cluster".split()
     return pd.concat(parts, ignore_index=True)[columns]

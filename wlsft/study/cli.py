@@ -94,8 +94,8 @@ def _sweep(args: argparse.Namespace) -> None:
     run.encoder.to(get_device(args.device))
     out = Path(args.out) if args.out else runs_folder(args.runs) / run.name / f"rows-{name}.parquet"
     alphas = [step / p["alpha_steps"] for step in range(p["alpha_steps"] + 1)]
-    own = ("suite", "alpha_steps", "stride", "unreadable", "epoch", "after")  # not of `alpha_sweep`
-    options = {key: value for key, value in p.items() if key not in own}
+    own = ("suite", "alpha_steps", "stride", "unreadable", "epoch", "after", "with_seed")
+    options = {key: value for key, value in p.items() if key not in own}  # of `alpha_sweep`
     first = rank_and_world()[0] == 0
     with file_lock(out.with_name(f"sweep-{name}.lock")) if first else contextlib.nullcontext():
         cache = args.cache or runs_folder(args.runs) / "cache"

@@ -16,6 +16,7 @@ from ..core.files import write_json
 from ..core.params import ParameterError, check_choice, check_range
 from ..datasets.corpora import default_suite
 from ..datasets.suites import PUBLISHED_SIZES
+from .derived import other_seed
 from .notebooks import parse_value
 from .protocols import with_protocol
 from .schema import parameters, resolve, run_name
@@ -96,6 +97,7 @@ class Job:
     sweep: dict[str, Any]  # of the sweep, resolved
     rows: str  # name of the sweep; its table is `rows-NAME.parquet` in the run's folder
     device: str = ""  # see `get_device`
+    other: str = ""  # the run that the sweep averages with, see `other_seed`
 
 # %% ../../nbs/study/plan.ipynb #3a647a9e
 _SWEPT = {*SWEEP, "device"}  # names that are not a run's, unless its method has them too
@@ -110,7 +112,8 @@ def _job(p: dict[str, Any], root: str | Path) -> Job:
     sweep = dict(all_banks=whole) | {name: value for name, value in p.items() if name in SWEEP}
     sweep = resolve_sweep(sweep)  # a whole sweep scores all banks at its ends
     name = run_name(resolved, root)
-    return Job(name, resolved, sweep, sweep_name(sweep, root), p.get("device", ""))
+    other = other_seed(resolved, sweep, root)
+    return Job(name, resolved, sweep, sweep_name(sweep, root), p.get("device", ""), other)
 
 # %% ../../nbs/study/plan.ipynb #6516e175
 def study_plan(
@@ -131,6 +134,11 @@ def study_plan(
             reason = "and figures do not tell their sets apart; make it two studies"
             raise ParameterError(f"{path}: {job.run} is swept over more than one suite, {reason}")
         plan[job.run, job.rows] = job
+    trained = {job.run for job in plan.values()}
+    for job in plan.values():
+        if job.other and job.other not in trained:
+            wanted = f"with_seed = {job.sweep['with_seed']} is of no run of this study"
+            raise ParameterError(f"{path}: {wanted}; list one with that seed and the same parameters")
     return plan
 
 # %% ../../nbs/study/plan.ipynb #b53f305d

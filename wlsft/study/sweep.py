@@ -17,7 +17,14 @@ import torch
 from ..core.distributed import rank_and_world, wait_for_others
 from ..core.files import atomic_write, progress
 from ..core.hashing import code_digest, digest
-from ..core.params import check_choice, check_parameters, check_range, check_values, fill_defaults
+from wlsft.core.params import (
+    ParameterError,
+    check_choice,
+    check_parameters,
+    check_range,
+    check_values,
+    fill_defaults,
+)
 from ..datasets.base import DataError, Suite, without
 from ..datasets.corpora import default_suite
 from ..datasets.folds import FOLDS, fold_suite
@@ -29,7 +36,7 @@ from ..evaluation.metrics import METRICS
 from ..evaluation.stats import COLUMNS
 from ..interpolation import interpolate
 from ..models.base import input_options
-from .derived import AFTER, EPOCHS
+from .derived import check_after
 from .runs import Run, sources_of
 from .scorers import SCORERS, Point
 from .sweep_features import SweepPlan, images_key, sweep_features
@@ -46,7 +53,8 @@ SWEEP: dict[str, Any] = dict(
     max_feature_error=0.0,  # 0: compute every alpha; else interpolate features up to this relative error
     bf16=False,  # half precision in the encoder; search and probe are always in single
     epoch=0,  # weights after this epoch, of a run with `keep_epochs`; 0: the last
-    after="",  # lines (LiNeS), epochs (their mean), or random (a direction of the same length)
+    after="",  # lines (LiNeS), epochs (their mean), random (a direction), soup or stock (of two runs)
+    with_seed=-1,  # of the other run of a soup or Model Stock
     unreadable="refuse",  # images on disk that cannot be read; or `skip` them, with their number in the rows
 )
 
@@ -62,7 +70,7 @@ def resolve_sweep(
     for name in p["metrics"]:
         check_choice("metrics", name, METRICS)
     check_choice("unreadable", p["unreadable"], ("refuse", "skip"))
-    check_choice("after", p["after"], ("", EPOCHS, *AFTER))
+    check_after(p)
     if p["suite"] and p["suite"] != HELD_OUT:
         check_suite(p["suite"])
     return p
@@ -139,7 +147,9 @@ def alpha_sweep(
     cache: str | Path = "",  # a folder: sweeps continue there and share alpha 0
     **embedding: Any,  # `bf16` and `max_feature_error`, see `alpha_features`
 ) -> pd.DataFrame:  # rows without the column `study`
-    "Rows of theta(alpha) for every alpha. The encoder stays as it was."
+    "Rows of theta(alpha) for every alpha; the encoder stays as it was. Raises `ParameterError`."
+    if "votes" in scorers and not {0.0, 1.0} <= {*map(float, alphas)}:
+        raise ParameterError(f"alphas = {list(alphas)} lacks an end; the scorer votes needs alpha 0 and 1")
     metrics = list(dict.fromkeys([*metrics, *suite.metrics]))
     plan = SweepPlan(run, suite, [float(alpha) for alpha in alphas], all_banks)
     key = _cache_key(plan, scorers, metrics, embedding)
@@ -166,7 +176,7 @@ def _score(
     for alpha in progress(plan.alphas, "alpha"):
         run.encoder.load_state_dict(interpolate(run.theta_0, run.theta_1, alpha))
         sets, banks = plan.sets_and_banks(alpha)
-        point = Point(run, plan.suite, alpha, features(alpha), sets, banks, metrics, before)
+        point = Point(run, plan.suite, alpha, features(alpha), sets, banks, metrics, before, features)
         scored = [SCORERS[name](point) for name in scorers]
         parts.append(pd.concat([rows for rows in scored if len(rows)]).assign(alpha=round(alpha, 6)))
     run.encoder.load_state_dict(run.theta_0)
