@@ -223,10 +223,8 @@ def knn_screened(
     return values, rows
 
 # %% ../../nbs/evaluation/knn_search.ipynb #15a015ad
-def _multiplies_bf16(device: torch.device) -> bool:
-    "Has the processor, or the GPU, instructions for bfloat16?"
-    if device.type != "cpu":
-        return True
+def _multiplies_bf16() -> bool:
+    "Has the processor instructions for bfloat16?"
     has: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
@@ -240,9 +238,11 @@ def knn(
     "By `knn_screened` where it pays."
     query = query.float()
     exclude = None if exclude is None else exclude.to(query.device)
+    if query.device.type == "cuda":
+        return knn_search(query, bank, k, exclude, chunk_bytes=2**30)
     large = len(bank) >= 16_384 and 32 * k <= len(bank)
     if not large or bank.device != query.device or bank.dtype != torch.float32:
         return knn_search(query, bank, k, exclude)
-    if _multiplies_bf16(query.device):
+    if _multiplies_bf16():
         return knn_screened(query, bank, k, exclude)
     return knn_screened(query, bank, k, exclude, torch.float32, chunk=2048)

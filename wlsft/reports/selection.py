@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CANDIDATE', 'SHOWN', 'cross_validated', 'choose', 'firmness', 'at_choice', 'against_full', 'half_against_ends',
-           'firmness_sentences', 'edge_sentence', 'half_sentence', 'choice_sentences']
+           'moved_and_kept', 'cka_correlations', 'firmness_sentences', 'edge_sentence', 'half_sentence',
+           'choice_sentences', 'kept_sentence']
 
 # %% ../../nbs/reports/selection.ipynb #a8496737
 import itertools
@@ -128,6 +129,31 @@ def half_against_ends(
             found.append(dict(adapter=row.adapter, lr=row.lr, set=name, draws=half - better))
     return with_interval(tested(pd.DataFrame(found)))
 
+# %% ../../nbs/reports/selection.ipynb #1af8f186
+def moved_and_kept(
+    rows: pd.DataFrame,  # from `read_rows`, with the scorer `distortion`
+    levels: pd.DataFrame,  # from `bootstrap_by_dose` of the same rows
+    name: str,  # of a set that is its own bank
+) -> pd.DataFrame:  # adapter, lr, layer, cka, change, set
+    "CKA of every layer with the pretrained encoder, and the change by the set's own bank, at alpha = 1."
+    is_cka = (rows.scorer == "distortion") & (rows.metric == "cka") & (rows["set"] == name)
+    end = rows[is_cka & (rows.alpha == 1)]
+    similar = end.groupby(["adapter", "lr", "layer"], sort=False, as_index=False).value.mean()
+    at = levels[levels["set"] == f"{name}, own"].set_index(CANDIDATE).draws.map(_first)
+    change = [at[row.adapter, row.lr, 1.0] - at[row.adapter, row.lr, 0.0] for row in similar.itertuples()]
+    return similar.rename(columns=dict(value="cka")).assign(change=change, set=name)
+
+
+def cka_correlations(
+    kept: pd.DataFrame,  # from `moved_and_kept`, of some sets
+) -> pd.DataFrame:  # set, layer, spearman, points
+    "Rank correlation of similarity and change over adapters and rates, layer by layer."
+    found = []
+    for (name, layer), part in kept.groupby(["set", "layer"], sort=False):
+        rho = part[["cka", "change"]].corr("spearman").iloc[0, 1]
+        found.append(dict(set=name, layer=layer, spearman=rho, points=len(part)))
+    return pd.DataFrame(found)
+
 # %% ../../nbs/reports/selection.ipynb #4284a3e1
 def firmness_sentences(
     firm: pd.DataFrame,  # `firmness` of both, with the column `by`: folds or validation
@@ -191,3 +217,20 @@ def choice_sentences(
             f"- **{name} minus full fine-tuning**, each as chosen: {'; '.join(told)}. {verdict} {power}"
         )
     return lines
+
+# %% ../../nbs/reports/selection.ipynb #8181b75e
+def kept_sentence(
+    correlations: pd.DataFrame,  # from `cka_correlations`
+) -> str:
+    "Whether what moved less kept more, in Markdown."
+    told = []
+    for name, part in correlations.groupby("set", sort=False):
+        last, best = part.iloc[-1], part.loc[part.spearman.idxmax()]
+        told.append(
+            f"{name} {last.spearman:+.2f} at the last features, {best.spearman:+.2f} at `{best.layer}`"
+        )
+    points = correlations.points.iloc[0]
+    return (
+        f"- **CKA with the pretrained features against retention** (rank correlation over {points} adapters "
+        f"and rates; the highest of all layers second): {'; '.join(told)}."
+    )
