@@ -126,7 +126,7 @@ def held_out_features(
         found[name] = block_features(encoder, suite.images[rows[::stride]])
     return found
 
-
+# %% ../../nbs/evaluation/distortion.ipynb #b428f9d4
 def distortion_rows(
     before: dict[str, dict[str, torch.Tensor]],  # from `held_out_features` of one encoder
     after: dict[str, dict[str, torch.Tensor]],  # of another

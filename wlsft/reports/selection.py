@@ -150,8 +150,8 @@ def cka_correlations(
     "Rank correlation of similarity and change over adapters and rates, layer by layer."
     found = []
     for (name, layer), part in kept.groupby(["set", "layer"], sort=False):
-        rho = part[["cka", "change"]].corr("spearman").iloc[0, 1]
-        found.append(dict(set=name, layer=layer, spearman=rho, points=len(part)))
+        ranked = part[["cka", "change"]].round(6).corr("spearman")  # equal up to rounding is a tie
+        found.append(dict(set=name, layer=layer, spearman=ranked.iloc[0, 1], points=len(part)))
     return pd.DataFrame(found)
 
 # %% ../../nbs/reports/selection.ipynb #4284a3e1

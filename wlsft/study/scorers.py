@@ -17,7 +17,7 @@ from ..datasets.own_pairs import announce
 from ..evaluation.distortion import distortion_rows, held_out_features
 from ..evaluation.probe import head_rows, probe_rows
 from ..evaluation.retrieval import retrieval_rows
-from ..evaluation.vote_ensemble import vote_ensemble_rows
+from .vote_ensemble import vote_ensemble_rows
 from ..knn_eval import MAIN_K, transfer_and_retention
 from .runs import Run
 

@@ -136,20 +136,25 @@ def _left_out_rows(suite: Suite) -> list[pd.DataFrame]:
         rows.append(row | dict(metric="unreadable", value=float(count), n=len(suite.sets[name]), alpha=0.0))
     return [pd.DataFrame(rows)] if rows else []
 
+# %% ../../nbs/study/sweep.ipynb #76a07f91
+def _check_ends(scorers: Sequence[str], alphas: Sequence[float]) -> None:
+    "Raises `ParameterError` where votes are asked for and an end is missing."
+    if "votes" in scorers and not {0.0, 1.0} <= {float(alpha) for alpha in alphas}:
+        raise ParameterError(f"alphas = {list(alphas)} lacks an end; the scorer votes needs alpha 0 and 1")
+
 # %% ../../nbs/study/sweep.ipynb #88c8ae8c
 def alpha_sweep(
-    run: Run,  # its encoder is left at `theta_0`
+    run: Run,  # left at `theta_0`
     suite: Suite,  # see `suite_of`
     alphas: Sequence[float],  # each in [0, 1]
     scorers: Sequence[str] = ("knn", "head", "retrieval"),  # any of `SCORERS`
     metrics: Sequence[str] = ("accuracy",),  # any of `METRICS`
-    all_banks: bool = False,  # at alpha 0 and 1, also the seen concepts and all banks
-    cache: str | Path = "",  # a folder: sweeps continue there and share alpha 0
+    all_banks: bool = False,  # at both ends, also seen concepts and all banks
+    cache: str | Path = "",  # a folder, where sweeps continue and share alpha 0
     **embedding: Any,  # `bf16` and `max_feature_error`, see `alpha_features`
-) -> pd.DataFrame:  # rows without the column `study`
-    "Rows of theta(alpha) for every alpha; the encoder stays as it was. Raises `ParameterError`."
-    if "votes" in scorers and not {0.0, 1.0} <= {*map(float, alphas)}:
-        raise ParameterError(f"alphas = {list(alphas)} lacks an end; the scorer votes needs alpha 0 and 1")
+) -> pd.DataFrame:  # all columns but `study`
+    "Rows of theta(alpha) for each alpha. Raises `ParameterError`."
+    _check_ends(scorers, alphas)
     metrics = list(dict.fromkeys([*metrics, *suite.metrics]))
     plan = SweepPlan(run, suite, [float(alpha) for alpha in alphas], all_banks)
     key = _cache_key(plan, scorers, metrics, embedding)
@@ -158,7 +163,7 @@ def alpha_sweep(
         return pd.read_parquet(path.with_suffix(".parquet"))
     features = sweep_features(plan, path, **embedding)
     rows = _label(run, pd.concat([_score(plan, features, scorers, metrics), *_left_out_rows(suite)]))
-    wait_for_others()  # before their files go
+    wait_for_others()  # until files can go
     if path and rank_and_world()[0] == 0:
         write_rows(rows, path.with_suffix(".parquet"))
         for leftover in path.parent.glob(f"{path.stem}*.npy"):
