@@ -189,7 +189,7 @@ def check_after(
     sweep: dict[str, Any],  # with `after` and `with_seed`
 ) -> None:
     "Raises `ParameterError` for an unknown `after`, or one without the seed that it needs."
-    after, other = check_choice("after", sweep["after"], ("", EPOCHS, *AFTER, *AVERAGES)), sweep["with_seed"]
+    after, other = check_choice("after", sweep["after"], ("", EPOCHS, *AFTER, *AVERAGES)), sweep.get("with_seed", -1)
     if after in AVERAGES and other < 0:
         raise ParameterError(
             f"after = {after} averages two runs; with_seed = {other} should be the other's seed"
