@@ -87,7 +87,7 @@ def test_epochs_are_kept_and_the_last_is_the_end(trained):
         torch.testing.assert_close(mean.theta_1[key], (kept[0][key] + kept[1][key] + kept[2][key]) / 3)
     asked = run_to_sweep(run.name, ("", ""), dict(epoch=0, after="epochs", with_seed=-1), trained.runs)
     assert asked.info["derived"] == "mean of epochs" and asked.info["theta"] == mean.info["theta"]
-    with pytest.raises(ParameterError, match="takes every epoch"):
+    with pytest.raises(ParameterError, match="takes whole runs"):
         run_to_sweep(run.name, ("", ""), dict(epoch=2, after="epochs", with_seed=-1), trained.runs)
     with pytest.raises(ParameterError, match="epoch = 7"):
         at_epoch(run.name, 7, trained.runs)
