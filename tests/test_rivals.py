@@ -74,6 +74,20 @@ def test_penalties_shorten_the_update(trained):
         trained(adapter="full", ldifs=1.0, micro_batch_size=4)
 
 
+def test_a_sweep_averages_two_seeds(trained):
+    one, two = trained(adapter="full", seed=0), trained(adapter="full", seed=1)
+    sweep = dict(epoch=0, after="soup", with_seed=1)
+    mean = run_to_sweep(one.name, ("", ""), sweep, trained.runs)
+    key = "blocks.0.attn.qkv.weight"
+    torch.testing.assert_close(mean.theta_1[key], (one.theta_1[key] + two.theta_1[key]) / 2)
+    for key, tensor in mean.head_1.items():
+        torch.testing.assert_close(tensor, (one.head_1[key] + two.head_1[key]) / 2)
+    stock = run_to_sweep(one.name, ("", ""), sweep | dict(after="stock"), trained.runs)
+    assert 0 < length(stock) <= length(mean) < max(length(one), length(two))
+    with pytest.raises(ParameterError, match="is the seed of the run itself"):
+        run_to_sweep(two.name, ("", ""), sweep, trained.runs)
+
+
 def test_epochs_are_kept_and_the_last_is_the_end(trained):
     run = trained(adapter="film", epochs=3, keep_epochs=True)
     last = at_epoch(run.name, 3, trained.runs)

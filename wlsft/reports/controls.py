@@ -14,7 +14,7 @@ import pandas as pd
 from ..evaluation.stats import bootstrap_table, with_interval
 from .plots import labels
 from .rivals import RETAINED
-from .significance import tested
+from .significance import tested, told_contrasts
 from .tables import format_interval
 
 # %% ../../nbs/reports/controls.ipynb #00048fa6
@@ -157,7 +157,4 @@ def vote_sentence(
     gaps: pd.DataFrame,  # from `vote_gaps`
 ) -> str:
     "Votes of both ends against interpolated weights, in Markdown."
-    told = [f"{r.set} {format_interval(r, False)}" for r in gaps.itertuples()]
-    beyond = [r.set for r in gaps.itertuples() if r.p < 0.05]
-    verdict = f"Beyond Holm: {', '.join(beyond)}." if beyond else "None is beyond Holm."
-    return f"- **Half of both votes minus half-way weights**: {'; '.join(told)}. {verdict}"
+    return f"- **Half of both votes minus half-way weights**: {told_contrasts(gaps)}"

@@ -19,7 +19,7 @@ from ..datasets.folds import FOLDS
 from ..evaluation.stats import ClusterBootstrap, with_interval
 from .plots import style_of
 from .rivals import RETAINED
-from .significance import tested
+from .significance import tested, told_contrasts
 from .tables import format_interval
 
 # %% ../../nbs/reports/selection.ipynb #02d1e9f4
@@ -182,7 +182,9 @@ def edge_sentence(
             end = "highest" if row.lr == tried.max() else "lowest"
             found.append(f"{style_of('WLSFT', row.adapter).label} ({row.lr:g}, the {end})")
     if not found:
-        return "- **The best rate lies between others that were tried**, for every adapter."
+        return (
+            "- **The best rate by cross-validation lies between others that were tried**, for every adapter."
+        )
     return (
         f"- **The best rate is at an edge of those tried**: {', '.join(found)}. A better one may lie beyond."
     )
@@ -208,14 +210,10 @@ def choice_sentences(
     "Adapters against full fine-tuning, in Markdown."
     lines = []
     for adapter, part in gaps.groupby("adapter", sort=False):
-        told = [f"{row.set} {format_interval(row, False)}" for row in part.itertuples()]
-        clear = [row.set for row in part.itertuples() if row.p < 0.05]
-        verdict = f"Beyond Holm: {', '.join(clear)}." if clear else "None is beyond Holm."
         power = f"Effects of {part.detectable.min():.1f} to {part.detectable.max():.1f} points would show."
         name = style_of("WLSFT", adapter).label
-        lines.append(
-            f"- **{name} minus full fine-tuning**, each as chosen: {'; '.join(told)}. {verdict} {power}"
-        )
+        told = told_contrasts(part)
+        lines.append(f"- **{name} minus full fine-tuning**, each as chosen: {told} {power}")
     return lines
 
 # %% ../../nbs/reports/selection.ipynb #8181b75e

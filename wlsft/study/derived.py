@@ -189,7 +189,8 @@ def check_after(
     sweep: dict[str, Any],  # with `after` and `with_seed`
 ) -> None:
     "Raises `ParameterError` for an unknown `after`, or one without the seed that it needs."
-    after, other = check_choice("after", sweep["after"], ("", EPOCHS, *AFTER, *AVERAGES)), sweep.get("with_seed", -1)
+    after = check_choice("after", sweep["after"], ("", EPOCHS, *AFTER, *AVERAGES))
+    other = sweep["with_seed"]
     if after in AVERAGES and other < 0:
         raise ParameterError(
             f"after = {after} averages two runs; with_seed = {other} should be the other's seed"

@@ -142,18 +142,25 @@ def _check_ends(scorers: Sequence[str], alphas: Sequence[float]) -> None:
     if "votes" in scorers and not {0.0, 1.0} <= {float(alpha) for alpha in alphas}:
         raise ParameterError(f"alphas = {list(alphas)} lacks an end; the scorer votes needs alpha 0 and 1")
 
+
+def _keep_rows(rows: pd.DataFrame, path: Path) -> None:
+    "Rows in place of the features that they were computed from."
+    write_rows(rows, path.with_suffix(".parquet"))
+    for leftover in path.parent.glob(f"{path.stem}*.npy"):
+        leftover.unlink(missing_ok=True)
+
 # %% ../../nbs/study/sweep.ipynb #88c8ae8c
 def alpha_sweep(
-    run: Run,  # left at `theta_0`
+    run: Run,  # its encoder is left at `theta_0`
     suite: Suite,  # see `suite_of`
     alphas: Sequence[float],  # each in [0, 1]
     scorers: Sequence[str] = ("knn", "head", "retrieval"),  # any of `SCORERS`
     metrics: Sequence[str] = ("accuracy",),  # any of `METRICS`
-    all_banks: bool = False,  # at both ends, also seen concepts and all banks
-    cache: str | Path = "",  # a folder, where sweeps continue and share alpha 0
+    all_banks: bool = False,  # at alpha 0 and 1, also the seen concepts and all banks
+    cache: str | Path = "",  # a folder: sweeps continue there and share alpha 0
     **embedding: Any,  # `bf16` and `max_feature_error`, see `alpha_features`
-) -> pd.DataFrame:  # all columns but `study`
-    "Rows of theta(alpha) for each alpha. Raises `ParameterError`."
+) -> pd.DataFrame:  # rows without the column `study`
+    "Rows of theta(alpha) for every alpha; the encoder stays as it was. Raises `ParameterError`."
     _check_ends(scorers, alphas)
     metrics = list(dict.fromkeys([*metrics, *suite.metrics]))
     plan = SweepPlan(run, suite, [float(alpha) for alpha in alphas], all_banks)
@@ -163,11 +170,9 @@ def alpha_sweep(
         return pd.read_parquet(path.with_suffix(".parquet"))
     features = sweep_features(plan, path, **embedding)
     rows = _label(run, pd.concat([_score(plan, features, scorers, metrics), *_left_out_rows(suite)]))
-    wait_for_others()  # until files can go
+    wait_for_others()  # before their files go
     if path and rank_and_world()[0] == 0:
-        write_rows(rows, path.with_suffix(".parquet"))
-        for leftover in path.parent.glob(f"{path.stem}*.npy"):
-            leftover.unlink(missing_ok=True)
+        _keep_rows(rows, path)
     return rows
 
 # %% ../../nbs/study/sweep.ipynb #b44402a2
