@@ -1,23 +1,11 @@
-"A short run through the command line: train, sweep; a graph with figures; again for nothing."
+"A short run through the command line: train, sweep; again for nothing."
 
 import json
-import os
-import subprocess
-from pathlib import Path
 
 import pandas as pd
 import pytest
 from wlsft.study.cli import main
 from wlsft.study.runs import train_run
-
-ROOT = Path(__file__).resolve().parent.parent
-OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "WLSFT_QUIET": "1"}
-FIGURES = ("alpha.png", "alpha.csv", "paths.png", "paths.csv", "methods.png", "k.png", "styles.png")
-
-
-def call(*command, cwd=ROOT):
-    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, env=OFFLINE)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
 def flags(params):
@@ -73,22 +61,3 @@ def test_the_command_trains_what_the_function_does(params, tmp_path):
     main(["train", *flags(params), "--runs", str(tmp_path / "a")])
     (theta,) = tmp_path.glob("a/*/theta.safetensors")
     assert theta.read_bytes() == (train_run(params, tmp_path / "b") / "theta.safetensors").read_bytes()
-
-
-def test_a_study_becomes_figures(tiny, params, tmp_path):
-    "Two runs through the graph; a second call finds nothing to do."
-    (tmp_path / "nbs/studies").mkdir(parents=True)
-    (tmp_path / "nbs/09_figures.ipynb").symlink_to(ROOT / "nbs/09_figures.ipynb")
-    defaults = dict(params, suite=f"mine={tiny / 'suite'}", alpha_steps=1)
-    study = dict(title="two", defaults=defaults, runs=[dict(lr=1e-3), dict(lr=1e-2)])
-    (tmp_path / "nbs/studies/two.yaml").write_text(json.dumps(study))
-    command = ["snakemake", "--snakefile", ROOT / "Snakefile", "--directory", tmp_path, "--cores", "2"]
-    command += ["--workflow-profile", ROOT / "profiles/local"]
-    command += ["--config", "study=two", "draws=20", f"runs={tmp_path / 'runs'}"]
-    call(*command, cwd=tmp_path)
-    assert set(FIGURES) <= {path.name for path in (tmp_path / "figures/two").iterdir()}
-    rows = pd.read_parquet(tmp_path / "runs/studies/two/rows.parquet")
-    assert set(rows.lr) == {1e-3, 1e-2} and set(rows.study) == {"two"}
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*.*")}
-    call(*command, cwd=tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in before} == before

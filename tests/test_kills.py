@@ -20,7 +20,14 @@ import pytest
 KILLS = int(os.environ.get("KILLS", 12))
 ctx = mp.get_context("forkserver")
 ctx.set_forkserver_preload(
-    ["wlsft.study.runs", "wlsft.study.sweep", "wlsft.reports.plots", "transformers", "timm"]
+    [
+        "wlsft.study.runs",
+        "wlsft.study.sweep",
+        "wlsft.reports.plots",
+        "transformers.models.bert.modeling_bert",
+        "open_clip.hf_model",
+        "timm",
+    ]
 )
 
 

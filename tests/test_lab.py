@@ -35,7 +35,12 @@ FEW = [  # ViTs, blocks in lists, RoPE, networks with and without BatchNorm, a w
     "lcnet_035",
     "test_nfnet",
 ]
-SMALL = {"eva02_tiny_patch14_224": 56, "vit_small_patch16_dinov3": 64}  # another size than their own
+SMALL = {
+    "eva02_tiny_patch14_224": 56,
+    "vit_small_patch16_dinov3": 64,
+    "resnetv2_18": 64,
+    "lcnet_035": 64,
+}  # another size than their own
 ADDING = [name for name, cls in ADAPTERS.items() if not issubclass(cls, Selection)]  # others add nothing
 ALL = os.environ.get("REQUIRE_FAMILIES")
 DECODE = ImageFiles.decode

@@ -169,7 +169,7 @@ def test_every_notebook_is_valid():
 # The schema of runs
 
 
-NOT_OF_A_RUN = {"device", "data", "runs", "query_stride"}
+NOT_OF_A_RUN = {"device", "data", "runs", "query_stride", "bank_stride"}
 SMALLER = dict(n_pairs=0)  # what a chapter has less of than a study
 CHAPTERS = {
     "03_train": ["WLSFT"],

@@ -87,11 +87,12 @@ def _import_closure(
 ) -> dict[str, str]:  # module inside wlsft -> tree
     "The syntax trees of all wlsft modules that are reached from `names` through imports."
     trees: dict[str, str] = {}
-    waiting = list(names)
+    waiting, seen = list(names), set()
     while waiting:
         package, _, name = waiting.pop().partition(".")
-        if package != "wlsft" or not name or name in trees or name in _NOT_COUNTED:
+        if package != "wlsft" or not name or name in seen or name in _NOT_COUNTED:
             continue
+        seen.add(name)
         file = _module_file(name, folder)
         if file:
             parent = ".".join(["wlsft", *file.relative_to(folder).parts[:-1]])
@@ -141,6 +142,21 @@ def _parse_outside(item: Any) -> tuple[str, set[str]]:
         return _parse_file(file, file.stat().st_mtime_ns, getattr(module, "__package__", None) or "")
     return _parse_object(item)
 
+# %% ../../nbs/core/hashing.ipynb #f1f2d542
+def _file_times(folder: Path) -> tuple[tuple[Path, int], ...]:
+    "All modules of the package, with the time of the last change."
+    return tuple((path, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*.py")))
+
+
+@functools.cache
+def _digest_of(
+    texts: tuple[str, ...],  # trees of code outside the package
+    names: frozenset[str],  # what is imported
+    folder: Path,  # of the package
+    files: tuple[tuple[Path, int], ...],  # see `_file_times`
+) -> str:
+    return digest([list(texts), _import_closure(set(names), folder)])
+
 # %% ../../nbs/core/hashing.ipynb #fdd916ec
 def code_digest(
     *items: Any,  # modules in wlsft by name (`losses`, `evaluation.probe`); classes, functions, modules
@@ -166,7 +182,7 @@ def code_digest(
             names.add(name)
         else:
             raise ModuleNotFoundError(f"wlsft has no module {name.removeprefix('wlsft.')!r}")
-    return digest([sorted(texts), _import_closure(names, folder)])
+    return _digest_of(tuple(sorted(texts)), frozenset(names), folder, _file_times(folder))
 
 # %% ../../nbs/core/hashing.ipynb #f19b5c46
 def weights_digest(model: nn.Module) -> str:
