@@ -91,6 +91,7 @@ def memoized(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 # %% ../../nbs/evaluation/alpha_features.ipynb #9a181aa5
 _KEEP_BYTES = 1e9  # interpolated weights up to this size are kept; larger ones are made for every batch
+_KEEP_SHARE = 0.25  # on a GPU instead up to this share of the free memory
 
 
 def _sees_images(encoder: Encoder, key: str) -> bool:
@@ -150,7 +151,12 @@ def _small_enough(many: InterpolatedEncoder) -> list[dict[str, torch.Tensor]] | 
     "The changed tensors at all alphas, or None if they are too large to be kept."
     theta_0 = many.encoder.state_dict()
     size = len(many.alphas) * sum(theta_0[key].nbytes for key in many.changed)
-    return list(_mixed_weights(many)) if size < _KEEP_BYTES else None
+    device = next(many.encoder.parameters()).device
+    if device.type == "cuda":
+        room = _KEEP_SHARE * torch.cuda.mem_get_info(device)[0]
+    else:
+        room = _KEEP_BYTES
+    return list(_mixed_weights(many)) if size < room else None
 
 # %% ../../nbs/evaluation/alpha_features.ipynb #3305338b
 def chebyshev(
