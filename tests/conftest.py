@@ -13,23 +13,19 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = (  # names of tests and notebooks, longest first
+    "miniature",
     "07_flyp",
-    "06_lp_ft",
     "000_tour",
     "03_train",
-    "test_end_to_end",
-    "10_benchmarks",
-    "test_photographs",
-    "04_knn_eval",
-    "05_interpolation",
+    "06_lp_ft",
     "test_readme",
+    "10_benchmarks",
+    "11_your_own",
+    "test_kills",
     "08_theory",
     "alpha_features",
-    "few_shot",
-    "calibration",
-    "test_kills",
-    "11_your_own",
-    "probe",
+    "04_knn_eval",
+    "study/export",
 )
 
 

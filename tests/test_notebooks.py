@@ -12,17 +12,17 @@ NOTEBOOKS = sorted(path for path in NBS.rglob("*.ipynb") if "/." not in path.as_
 START = "fork" if sys.platform == "linux" else "spawn"
 SMALLER = {  # notebook -> parameters under test; REQUIRE_DEFAULTS=1 leaves them as they are
     "03_train": dict(n_pairs=128),
-    "04_knn_eval": dict(query_stride=24, bank_stride=12),
+    "04_knn_eval": dict(query_stride=16, bank_stride=8),
     "05_interpolation": dict(query_stride=48, bank_stride=16),
     "06_lp_ft": dict(n_pairs=128, query_stride=48, bank_stride=24),
-    "07_flyp": dict(n_pairs=128, query_stride=60, bank_stride=24),
+    "07_flyp": dict(n_pairs=64, batch_size=64, query_stride=60, bank_stride=24),
     "08_theory": dict(seeds=2),
     "11_your_own": dict(epochs=1),
     "build/clip": dict(n_pairs=64),
     "index": dict(draws=200),
-    "reports/alpha_neighbours": dict(stride=24),
-    "reports/calibration": dict(stride=24),
-    "reports/few_shot": dict(draws=1, steps=2, query_stride=96),
+    "reports/alpha_neighbours": dict(stride=12),
+    "reports/calibration": dict(steps=1),
+    "reports/few_shot": dict(steps=2),
     "reports/neighbours": dict(stride=48),
 }
 
