@@ -11,6 +11,7 @@ NBS = Path(__file__).resolve().parent.parent / "nbs"
 NOTEBOOKS = sorted(path for path in NBS.rglob("*.ipynb") if "/." not in path.as_posix())
 START = "fork" if sys.platform == "linux" else "spawn"
 SMALLER = {  # notebook -> parameters under test; REQUIRE_DEFAULTS=1 leaves them as they are
+    "000_tour": dict(n_pairs=128, query_stride=24, bank_stride=24),
     "03_train": dict(n_pairs=128),
     "04_knn_eval": dict(query_stride=16, bank_stride=8),
     "05_interpolation": dict(query_stride=48, bank_stride=16),
