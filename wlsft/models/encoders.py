@@ -114,12 +114,10 @@ def _from_hub(name: str) -> Encoder:
 
 def _unknown_encoder(name: str) -> ParameterError:
     "Lists what is allowed."
-    import timm
-
-    examples = ", ".join(timm.list_models("*vit*dino*", pretrained=True)[:2])
     shipped = ", ".join(SHIPPED_ENCODERS)
     return ParameterError(
-        f"encoder = {name!r} is not known; allowed: {shipped}, or a timm model such as {examples}"
+        f"encoder = {name!r} is not known; allowed: {shipped}, a timm model such as "
+        "vit_base_patch16_224.dino, NAME=FILE, or a model of open_clip such as ViT-B-32/openai"
     )
 
 # %% ../../nbs/models/encoders.ipynb #99f5da49

@@ -129,7 +129,8 @@ def _check_batches(batch_size: int, images: int) -> None:
     if batch_size % processes:
         raise ParameterError(f"batch_size = {batch_size} must be a multiple of the {processes} processes")
     if batch_size > images:
-        raise ParameterError(f"batch_size = {batch_size} is more than there are images ({images})")
+        found = f"batch_size = {batch_size} is more than there are images"
+        raise ParameterError(f"{found} ({images}); it may be {images} at most")
 
 # %% ../../nbs/models/loop.ipynb #db2c686c
 Report = Callable[[int, dict[str, float]], None]

@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(function=_status)
     prune = commands.add_parser("prune", help="list or delete what of runs/ nothing needs")
     _add_study(prune)
-    prune.add_argument("--delete", action="store_true")
+    prune.add_argument("--delete", action="store_true", help="delete it; otherwise it is only listed")
     prune.set_defaults(function=_prune)
     return parser
 
