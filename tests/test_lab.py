@@ -36,12 +36,8 @@ FEW = [  # ViTs, blocks in lists, RoPE, networks with and without BatchNorm, a w
     "lcnet_035",
     "test_nfnet",
 ]
-SMALL = {
-    "eva02_tiny_patch14_224": 56,
-    "vit_small_patch16_dinov3": 64,
-    "resnetv2_18": 64,
-    "lcnet_035": 64,
-}  # another size than their own
+BUILT_FOR = {"eva02_tiny_patch14_224": 56, "vit_small_patch16_dinov3": 64}  # another size than their own
+SMALL = {**BUILT_FOR, "resnetv2_18": 64, "lcnet_035": 64}  # the size of the images
 ADDING = [name for name, cls in ADAPTERS.items() if not issubclass(cls, Selection)]  # others add nothing
 ALL = os.environ.get("REQUIRE_FAMILIES")
 DECODE = ImageFiles.decode
@@ -128,7 +124,7 @@ def test_a_family(name, folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "resnetv2_18"])
 def test_adapters_are_the_identity_and_have_a_gradient(name, adapter):
     torch.manual_seed(0)
-    size = dict(img_size=SMALL[name]) if name in SMALL and name != "resnetv2_18" else {}
+    size = dict(img_size=BUILT_FOR[name]) if name in BUILT_FOR else {}
     model = timm.create_model(name, num_classes=0, **size).eval()
     side = SMALL.get(name, 64)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, side, side)}

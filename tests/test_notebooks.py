@@ -33,6 +33,7 @@ def libraries():
     "Imported once a worker: a forked process has them."
     import matplotlib.pyplot  # noqa: F401
     import open_clip  # noqa: F401
+    import papermill  # noqa: F401
     import seaborn  # noqa: F401
     import timm  # noqa: F401
     import wlsft.study.cli  # noqa: F401
