@@ -19,6 +19,7 @@ SMALLER = {  # notebook -> parameters under test; REQUIRE_DEFAULTS=1 leaves them
     "07_flyp": dict(n_pairs=64, batch_size=64, query_stride=60, bank_stride=24),
     "08_theory": dict(seeds=2),
     "11_your_own": dict(epochs=1),
+    "12_findings": dict(draws=200),
     "build/clip": dict(n_pairs=64),
     "index": dict(draws=200),
     "reports/alpha_neighbours": dict(stride=12),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .core.files import progress
 from .core.params import ParameterError, check_choice, check_range
 from .datasets.images import ImageFiles
 from .models.base import Encoder
@@ -272,8 +273,9 @@ def _memories(encoder: Encoder, images, adapter: "TokenReplay", seed: int) -> di
     names = site_names(encoder, adapter.blocks)
     if not adapter.blocks:
         names = names[len(names) // 3 :]
+    recorded = record_tokens(encoder, images, names, seed=seed)
     found = {}
-    for name, tokens in record_tokens(encoder, images, names, seed=seed).items():
+    for name, tokens in progress(recorded.items(), "memories", total=len(recorded), unit="site"):
         found[name] = make_memory(tokens, adapter.memory_source, adapter.memory_size, seed)
     return found
 

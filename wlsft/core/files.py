@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import IO, Any
 
@@ -162,33 +162,44 @@ def _with_progress_file(
     items: Iterable,  # what to iterate over
     file: str,  # the JSON file to write
     desc: str,  # what is done
-    total: int | None,  # items here; None: unknown
-    more: int,  # items that later iterations will have
+    total: int | None,  # units here; None: unknown
+    more: int,  # units that later iterations will have
+    size: Callable[[Any], int],  # units of an item
 ) -> Iterator:
     "Iterate over `items`. Every two seconds write how many are done, and the seconds left at this pace."
-    start, last = time.monotonic(), -1e9
-    for i, item in enumerate(items):
+    start, last, done = time.monotonic(), -1e9, 0
+    for item in items:
         now = time.monotonic()
         if now - last > 2:
-            left = round((now - start) / i * (total + more - i)) if i and total else None
+            left = round((now - start) / done * (total + more - done)) if done and total else None
             with contextlib.suppress(OSError):
-                write_json(file, dict(what=desc, done=i, total=total, left=left))
+                write_json(file, dict(what=desc, done=done, total=total, left=left))
             last = now
         yield item
+        done += size(item)
+
+
+def _one(item: Any) -> int:
+    return 1
 
 # %% ../../nbs/core/files.ipynb #e97b704a
 def progress(
     items: Iterable,  # what to iterate over
     desc: str = "",  # a few words
-    more: int = 0,  # items that later iterations will have, for the time left
+    more: int = 0,  # units that later iterations will have, for the time left
+    size: Callable[[Any], int] = _one,  # units of an item, such as the images of a batch
     **kwargs,  # passed to tqdm (`total`, `unit`, ...)
-) -> Iterable:
+) -> Iterator:
     "A tqdm bar. Silent in tests and executed notebooks, where it may write a file instead."
     from tqdm.auto import tqdm
 
+    total = kwargs.pop("total", len(items) if isinstance(items, Sized) else None)
     quiet = any(os.environ.get(v) for v in ("IN_TEST", "PYTEST_CURRENT_TEST", "WLSFT_QUIET"))
     file = os.environ.get("WLSFT_PROGRESS", "")
     if quiet and file and os.environ.get("RANK", "0") == "0":
-        known = len(items) if isinstance(items, Sized) else None
-        return _with_progress_file(items, file, desc, kwargs.get("total", known), more)
-    return tqdm(items, desc=desc, disable=quiet, leave=False, **kwargs)
+        yield from _with_progress_file(items, file, desc, total, more, size)
+        return
+    with tqdm(desc=desc, total=total, disable=quiet, leave=False, **kwargs) as bar:
+        for item in items:
+            yield item
+            bar.update(size(item))

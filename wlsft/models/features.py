@@ -37,9 +37,7 @@ def _feature_batches(
     encoder.eval()
     try:
         batches = image_batches(images, batch_size, workers)
-        n_batches = -(-len(images) // batch_size)
-        bar = progress(batches, "features", total=n_batches, unit="image", unit_scale=batch_size)
-        for batch in bar:
+        for batch in progress(batches, "features", size=len, total=len(images), unit="image"):
             x = preprocess(encoder, batch.to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16) if bf16 else _Linear():

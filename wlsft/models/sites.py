@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.files import progress
 from ..core.params import ParameterError, check_range
 from ..datasets.images import ImageFiles, image_batches
 from .base import Encoder, preprocess
@@ -172,7 +173,8 @@ def record_tokens(
 
     device = next(encoder.parameters()).device
     with entering(encoder, names, keep):
-        for batch in image_batches(images, 128):
+        batches = image_batches(images, 128)
+        for batch in progress(batches, "tokens to replay", size=len, total=len(images), unit="image"):
             encoder(preprocess(encoder, batch.to(device)))
     return {name: torch.cat(parts) for name, parts in kept.items()}
 

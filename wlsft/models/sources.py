@@ -21,6 +21,7 @@ from ..datasets.images import ImageFiles
 from ..datasets.suites import load_suite
 from ..datasets.training_views import training_views
 from .base import Encoder, input_options
+from .loop import check_batches
 from .text import prompt_templates
 
 # %% ../../nbs/models/sources.ipynb #3b04de16
@@ -35,6 +36,7 @@ class Sources:
     held_out: float = 0.0  # share of a corpus's texts that are kept from training
     fold: int = 0  # of EmojiShift's families, that validates, see `datasets.folds`; 0: the usual split
     views: str = "own"  # of a suite's images, see `training_views`
+    batch_size: int = 0  # of training, checked as soon as the images are counted; 0: unknown
     seed: int = 0  # of the order of pairs, of random heads
     root: str | Path = ""  # see `data_folder`
     cache: str | Path = ""  # folder of decoded images and embedded texts
@@ -59,12 +61,14 @@ def load_pairs_for(
     templates = prompt_templates() if sources.corpus in EMOJISHIFT_CORPORA else None
     if sources.fold:
         pairs = fold_pairs(sources.corpus, sources.fold, sources.root, tuple(templates or ()))
-        return with_shuffled_texts(pairs, sources.noise, sources.seed)
-    options = (sources.root, side, sources.n_pairs, sources.seed, sources.cache, templates)
-    pairs = load_pairs(sources.corpus, *options)
+    else:
+        options = (sources.root, side, sources.n_pairs, sources.seed, sources.cache, templates)
+        pairs = load_pairs(sources.corpus, *options)
     if sources.held_out:
         train, held = split_pairs(pairs, sources.held_out, sources.seed)
         pairs = held if part == "held-out" else train
+    if sources.batch_size and part == "train" and len(pairs.group) > 1:  # `check_teaches` refuses one
+        check_batches(sources.batch_size, len(pairs.group))
     return with_shuffled_texts(pairs, sources.noise, sources.seed)
 
 # %% ../../nbs/models/sources.ipynb #84cf660b
@@ -95,5 +99,7 @@ def load_training(
         raise DataError(f"{had}, n_pairs = {sources.n_pairs} are wanted; 0 takes all")
     if sources.n_pairs:
         rows = rows[_spread(suite.labels[rows], sources.n_pairs, sources.seed)]
+    if sources.batch_size:
+        check_batches(sources.batch_size, len(rows))
     images, options = training_views(suite.images[rows], sources.views)
     return suite, rows, images, options

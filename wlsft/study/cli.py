@@ -25,7 +25,7 @@ from ..core.files import file_lock
 from ..core.params import ParameterError
 from ..datasets.base import DataError, home_folder
 from .derived import run_to_sweep
-from .describe import describe_parameters
+from .describe import describe_parameters, describe_sweep
 from .notebooks import parse_value, run_notebook
 from .plan import Job, study_plan
 from .protocols import with_protocol
@@ -33,7 +33,6 @@ from .runs import train_run
 from .schema import runs_folder
 from .status import folder_size, is_active, prunable, required_runs, study_status
 from wlsft.study.sweep import (
-    SWEEP,
     alpha_sweep,
     readable_suite,
     resolve_sweep,
@@ -170,7 +169,7 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
 def _sweep_parser(commands) -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     sweep = commands.add_parser("sweep", help="score a run at every alpha", formatter_class=plain)
-    sweep.epilog = "parameters:\n" + "\n".join(f"  {name} = {default!r}" for name, default in SWEEP.items())
+    sweep.epilog = f"parameters:\n{describe_sweep()}"
     sweep.add_argument("run", nargs="?", default="", help="its folder, or its name")
     sweep.add_argument("--from", dest="start", default="", help="instead of a run: an encoder, at alpha = 0")
     sweep.add_argument("--to", dest="end", default="", help="and another of its architecture, at alpha = 1")

@@ -6,6 +6,7 @@
 __all__ = ['train_run', 'sources_of', 'clone_state', 'save_run', 'Run', 'read_record', 'find_run', 'load_run']
 
 # %% ../../nbs/study/runs.ipynb #24f666a2
+import contextlib
 import itertools
 import json
 import subprocess
@@ -24,7 +25,7 @@ from ..core.device import get_device
 from ..core.distributed import rank_and_world, run_once
 from ..core.files import atomic_write, write_json
 from ..core.hashing import file_sha256, weights_digest
-from ..core.params import ParameterError
+from ..core.params import ParameterError, not_known
 from ..datasets.base import DataError, data_folder, home_folder
 from ..models.base import Encoder
 from ..models.encoders import load_encoder
@@ -55,9 +56,14 @@ def train_run(
     resolved = resolve(params)
     check_report(report, resolved)
     folder = runs_folder(runs) / run_name(resolved, root)
-    with run_once(folder / ".lock", folder / "run.json") as missing:
-        if missing:
-            _train(resolved, folder, root, get_device(device), report)
+    try:
+        with run_once(folder / ".lock", folder / "run.json") as missing:
+            if missing:
+                _train(resolved, folder, root, get_device(device), report)
+    except (ParameterError, DataError):
+        with contextlib.suppress(OSError):  # refused before anything was written
+            folder.rmdir()
+        raise
     return folder
 
 # %% ../../nbs/study/runs.ipynb #08c9bd94
@@ -67,7 +73,7 @@ def sources_of(
     cache: str | Path = "",  # folder of decoded images and embedded texts
 ) -> Sources:
     "Where a run's data come from."
-    names = ("corpus", "suite", "views", "n_pairs", "noise", "held_out", "fold", "seed")
+    names = ("corpus", "suite", "views", "n_pairs", "noise", "held_out", "fold", "batch_size", "seed")
     return Sources(**{name: p[name] for name in names if name in p}, root=root, cache=cache)
 
 # %% ../../nbs/study/runs.ipynb #b5ca80fb
@@ -219,9 +225,7 @@ def find_run(name: str | Path, runs: str | Path, root: str | Path) -> Path:
             return folder
     records = itertools.chain.from_iterable(parent.glob("*/run.json") for parent in parents)
     known = {record.parent.name for record in records}
-    raise ParameterError(
-        f"run = {str(name)!r} is not known; allowed: {', '.join(sorted(known)) or 'none yet'}"
-    )
+    raise not_known("run", str(name), sorted(known) or ["none yet"])
 
 
 def load_run(

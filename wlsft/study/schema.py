@@ -17,7 +17,7 @@ from typing import Any
 
 from ..adapters import ADAPTERS, Adapter
 from ..core.hashing import code_digest, digest, file_sha256
-from ..core.params import ParameterError, check_choice, check_parameters, check_values
+from ..core.params import ParameterError, check_choice, check_parameters, check_values, not_known
 from ..datasets.base import home_folder, shipped_file
 from ..datasets.corpora import CORPORA, check_corpus, corpus_fingerprint
 from ..datasets.emojishift import emojishift_version
@@ -122,8 +122,7 @@ def resolve(
     known = parameters(method, params.get("adapter", ""))
     for name in params:
         if name not in known:
-            which = f"{method} with {known['adapter']}"
-            raise ParameterError(f"parameter = {name!r} is not known to {which}; allowed: {', '.join(known)}")
+            raise not_known("parameter", name, known, f"{method} with {known['adapter']}")
     resolved = known | check_parameters(params, known)
     check_values(resolved)
     made = make_method(resolved)
@@ -156,8 +155,7 @@ def chosen_parameters(
     known = parameters(values["method"], values["adapter"])
     for name, defaults in all_parameters(methods).items():
         if name not in known and values[name] not in defaults:
-            which = f"{values['method']} with {values['adapter']}"
-            raise ParameterError(f"parameter = {name!r} is not known to {which}; allowed: {', '.join(known)}")
+            raise not_known("parameter", name, known, f"{values['method']} with {values['adapter']}")
     return {name: values[name] for name in known}
 
 # %% ../../nbs/study/schema.ipynb #1b674323

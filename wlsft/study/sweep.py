@@ -43,20 +43,24 @@ from .sweep_features import SweepPlan, images_key, sweep_features
 from ..models.sources import load_pairs_for
 
 # %% ../../nbs/study/sweep.ipynb #5dc45277
-SWEEP: dict[str, Any] = dict(
-    suite="",  # empty: the run's own, see `suite_of`
-    alpha_steps=10,  # alpha goes from 0 to 1 in this many steps
-    stride=1,  # every n-th query by every n-th image of the bank, for a quick look; 1: all
-    all_banks=False,  # at alpha 0 and 1, also the seen concepts and all banks
-    scorers=["knn", "head", "retrieval"],  # any of `SCORERS`
-    metrics=["accuracy"],  # any of `METRICS`
-    max_feature_error=0.0,  # 0: compute every alpha; else interpolate features up to this relative error
-    bf16=False,  # half precision in the encoder; search and probe are always in single
-    epoch=0,  # weights after this epoch, of a run with `keep_epochs`; 0: the last
-    after="",  # lines (LiNeS), epochs (their mean), random (a direction), soup or stock (of two runs)
-    with_seed=-1,  # of the other run of a soup or Model Stock
-    unreadable="refuse",  # images on disk that cannot be read; or `skip` them, with their number in the rows
+_SWEEP: dict[str, tuple[Any, str]] = dict(
+    suite=("", "empty: the run's own, see `suite_of`"),
+    alpha_steps=(10, "alpha goes from 0 to 1 in this many steps"),
+    stride=(1, "every n-th query by every n-th image of the bank, for a quick look; 1: all"),
+    all_banks=(False, "at alpha 0 and 1, also the seen concepts and all banks"),
+    scorers=(["knn", "head", "retrieval"], f"any of {', '.join(SCORERS)}"),
+    metrics=(["accuracy"], f"any of {', '.join(METRICS)}"),
+    max_feature_error=(0.0, "0: compute every alpha; else interpolate features up to this relative error"),
+    bf16=(False, "half precision in the encoder; search and probe are always in single"),
+    epoch=(0, "weights after this epoch, of a run with `keep_epochs`; 0: the last"),
+    after=("", "lines (LiNeS), epochs (their mean), random (a direction), soup or stock (of two runs)"),
+    with_seed=(-1, "of the other run of a soup or Model Stock"),
+    unreadable=(
+        "refuse",
+        "images on disk that cannot be read; or `skip` them, with their number in the rows",
+    ),
 )
+SWEEP: dict[str, Any] = {name: default for name, (default, _) in _SWEEP.items()}
 
 # %% ../../nbs/study/sweep.ipynb #c8be2ebb
 def resolve_sweep(
