@@ -248,12 +248,12 @@ RUN = list(MINIATURES) if ALL else ["lpft_published"]
 
 @pytest.mark.parametrize("study", RUN)
 def test_a_study_on_a_miniature(data, tmp_path, study):
-    "Train, sweep, collect, draw, of all studies with two processes; a second call finds nothing to do."
+    "Train, sweep, collect two runs and draw; all studies with two processes; a second call finds nothing to do."
     (tmp_path / "nbs").symlink_to(ROOT / "nbs")
     options = dict(epochs=1, batch_size=8, alpha_steps=1) | MINIATURES[study]
     everywhere = json.loads(json.dumps(options).replace("{}", str(data)))
     config = [f"study={study}", f"data={data}", "draws=20", f"set={json.dumps(everywhere)}"]
-    config.append(f"processes={2 if ALL else 1}")
+    config += ["seeds=2", f"processes={2 if ALL else 1}"]
     command = ["snakemake", "--snakefile", ROOT / "Snakefile", "--directory", tmp_path, "--cores", "2"]
     command += ["--workflow-profile", ROOT / "profiles/local", "--config", *config]
     options = dict(capture_output=True, text=True, timeout=3000)
@@ -263,6 +263,7 @@ def test_a_study_on_a_miniature(data, tmp_path, study):
     assert FIGURES <= {path.name for path in (tmp_path / f"figures/{study}").iterdir()}
     rows = pd.read_parquet(tmp_path / f"runs/studies/{study}/rows.parquet")
     assert rows.value.notna().all() and set(rows.alpha) == {0.0, 1.0} and set(rows.study) == {study}
+    assert set(rows.seed) == {0, 1}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*.*")}
     again = subprocess.run(command, cwd=tmp_path, **options)
     assert again.returncode == 0 and "Nothing to be done" in again.stdout + again.stderr
