@@ -35,7 +35,7 @@ def wlsft(*args):
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("alhpa", 0.9, "parameter = 'alhpa' is not known; allowed: alpha, "),
+        ("alhpa", 0.9, "parameter = 'alhpa' is not known (did you mean alpha?); allowed: alpha, "),
         ("alpha", "half", "alpha = 'half' is a str; it must be a float"),
         ("k", 2.5, "k = 2.5 is a float; it must be a int"),
         ("alpha", 1.7, "alpha = 1.7 is not allowed; it must be a number from 0 to 1"),
@@ -58,12 +58,15 @@ FILM = "WLSFT with film; allowed: method, adapter, encoder, corpus, "
     [
         (dict(alhpa=1), f"parameter = 'alhpa' is not known to {FILM}"),
         (dict(rank=8), f"parameter = 'rank' is not known to {FILM}"),
-        (dict(method="FLIP"), "method = 'FLIP' is not known; allowed: WLSFT, "),
-        (dict(adapter="flim"), "adapter = 'flim' is not known; allowed: full, film, token-replay"),
+        (dict(method="FLIP"), "method = 'FLIP' is not known (did you mean FLYP?); allowed: WLSFT, "),
+        (
+            dict(adapter="flim"),
+            "adapter = 'flim' is not known (did you mean film?); allowed: full, film, token-replay",
+        ),
         (dict(epochs=0), "epochs = 0 is not allowed"),
         (dict(epochs=1.5), "epochs = 1.5 is a float; it must be a int"),
         (dict(lr=-1.0), "lr = -1.0 is not allowed"),
-        (dict(corpus="cc20k-typo"), "corpus = 'cc20k-typo' is not known; allowed: "),
+        (dict(corpus="cc20k-typo"), "corpus = 'cc20k-typo' is not known (did you mean "),
         (dict(adapter="token-replay", memory_source="learned", consistency=1.0), "consistency = 1.0 needs"),
     ],
 )

@@ -84,7 +84,7 @@ def test_a_notebook(path, tmp_path):
     "chapter, name, value, message",
     [
         ("01_adapters", "encoder", "vit_enormous", "encoder = 'vit_enormous' is not known"),
-        ("00_data", "corpus", "emojishift-poems", "corpus = 'emojishift-poems' is not known; allowed: "),
+        ("00_data", "corpus", "emojishift-poems", "corpus = 'emojishift-poems' is not known (did you mean "),
     ],
 )
 def test_a_chapter_refuses_a_wrong_value(chapter, name, value, message, tmp_path, capfd):

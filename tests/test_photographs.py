@@ -248,7 +248,7 @@ RUN = list(MINIATURES) if ALL else ["lpft_published"]
 
 @pytest.mark.parametrize("study", RUN)
 def test_a_study_on_a_miniature(data, tmp_path, study):
-    "Train, sweep, collect two runs and draw; all studies with two processes; a second call finds nothing to do."
+    "Train, sweep, collect two runs, draw; all studies with two processes; a second call finds nothing to do."
     (tmp_path / "nbs").symlink_to(ROOT / "nbs")
     options = dict(epochs=1, batch_size=8, alpha_steps=1) | MINIATURES[study]
     everywhere = json.loads(json.dumps(options).replace("{}", str(data)))

@@ -35,7 +35,7 @@ from .models.image_text import is_text_parameter
 from .models.loop import Objective, finetune
 from .models.optimizer import SCALE_BOUNDS
 from .models.sources import Sources, check_teaches, load_pairs_for
-from .models.text import TextEmbeddings, embed_texts, pair_classifier
+from .models.text import TextEmbeddings, check_text_tower, embed_texts, pair_classifier
 
 # %% ../nbs/03_train.ipynb #0a0a455c
 class PairHead(nn.Module):
@@ -232,6 +232,7 @@ class WLSFT(_PairMethod):
         ldifs: float = 0.0,  # weight of LDIFS
     ):
         check_choice("collisions", collisions, COLLISIONS)
+        check_text_tower(text_tower)
         self.text_tower = text_tower
         self.collisions = collisions
         self.color = color

@@ -28,8 +28,8 @@ def not_known(
     names = list(map(str, allowed))
     nearest = difflib.get_close_matches(str(value), names, 1)
     whom = f" to {to}" if to else ""
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    return ParameterError(f"{name} = {value!r} is not known{whom}; allowed: {', '.join(names)}{hint}")
+    hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+    return ParameterError(f"{name} = {value!r} is not known{whom}{hint}; allowed: {', '.join(names)}")
 
 
 def check_choice(

@@ -26,7 +26,7 @@ from .folders import class_files, imagenet_ids, is_validation
 from .images import FileSource, file_stamp
 from .img2dataset import folder_pairs, image_column, parquet_pairs, tar_pairs
 from .openclipart import openclipart_pairs
-from .own_pairs import custom_fingerprint, custom_pairs, is_custom
+from .own_pairs import custom_fingerprint, custom_pairs, is_custom, refuse_path
 from .own_tables import safe_join, table_pairs
 
 # %% ../../nbs/datasets/corpora.ipynb #d0000002
@@ -179,6 +179,7 @@ def coco_pairs(root: Path, n: int, seed: int, size: int, cache: str | Path) -> P
 def check_corpus(corpus: str) -> None:
     "Refuse a name that is neither in `CORPORA` nor NAME=PATH."
     if not is_custom(corpus):
+        refuse_path("corpus", corpus, CORPORA)
         check_choice("corpus", corpus, (*CORPORA, "or NAME=PATH"))
 
 # %% ../../nbs/datasets/corpora.ipynb #91124e09

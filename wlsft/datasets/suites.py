@@ -10,6 +10,7 @@ import filecmp
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,99 +22,29 @@ from ..core.hashing import digest
 from ..core.params import check_choice
 from .base import DataError, Suite, data_folder
 from .benchmarks import CIFAR10_SIZES
-from .folders import class_files, not_read
 from .emojishift import emojishift_suite, emojishift_version, load_emojishift
 from .imagenet import IMAGENET_SIZES
-from .images import FileSource, file_stamp, images_digest
-from .labelled import BENCHMARK_METRICS, SUITES, LabelledSet, build_suite, image_folder
-from .own_pairs import announce, is_custom
-from .own_tables import image_column_of, read_own_table, safe_join
-
-# %% ../../nbs/datasets/suites.ipynb #82843623
-def _custom_folder(folder: Path) -> tuple:
-    "A suite of one's own: `train`, `id-test`, perhaps `id-val`, OOD sets, each a folder of class folders."
-    announce(folder.name, not_read(folder), [])
-    label = {name: i for i, name in enumerate(class_files(folder / "train"))}
-    parts = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and path.name != "train" and not path.name.startswith("."):
-            parts[path.name] = image_folder(path, label, own=True)
-    has_ood = any(not s.startswith("id-") for s in parts)
-    if "id-test" not in parts or not has_ood:
-        raise DataError(
-            f"{folder} has {sorted(parts) or 'no sets'} beside train; "
-            f"expected: {folder}/id-test/CLASS/*.jpg and at least one more folder, out of distribution"
-        )
-    bank = image_folder(folder / "train", label, own=True)
-    return [name.replace("_", " ") for name in label], bank, parts
-
-# %% ../../nbs/datasets/suites.ipynb #bebb3d6e
-_LABELS = ("label", "class", "category", "labels")
-_SETS = ("split", "set", "subset")
-_SAME = {"test": "id-test", "val": "id-val", "valid": "id-val", "validation": "id-val", "training": "train"}
-
-
-def _column(table: pd.DataFrame, names: tuple[str, ...]) -> str | None:
-    return next((name for name in table.columns if name.strip().lower() in names), None)
-
-# %% ../../nbs/datasets/suites.ipynb #f594373e
-def _labelled_rows(path: Path) -> pd.DataFrame:
-    "Columns image (a path), label and set of a table. Raises `DataError` if it has no labels."
-    table, skipped, notes = read_own_table(path)
-    label, part = _column(table, _LABELS), _column(table, _SETS)
-    if label is None:
-        raise DataError(f"{path} has columns {list(table)[:8]}; a suite needs one named {', '.join(_LABELS)}")
-    image = image_column_of(table, path)
-    parts = table[part] if part else [""] * len(table)
-    kept = []
-    for name, cls, row_set in zip(table[image], table[label].astype(str), parts):
-        try:
-            file = safe_join(path.parent, str(name).strip(), own=True)
-        except DataError as e:
-            skipped.append(str(e))
-            continue
-        if cls.strip():
-            kept.append((file, cls.strip(), _SAME.get(row_set, row_set)))
-        else:
-            skipped.append(f"{file} has no label")
-    announce(path.name, [*notes, f"images from column {image!r}, labels from {label!r}"], skipped)
-    found = pd.DataFrame(kept, columns=["image", "label", "set"])
-    fifth = found.groupby("label").cumcount() % 5 == 4
-    return found if part else found.assign(set=np.where(fifth, "id-test", "train"))
-
-# %% ../../nbs/datasets/suites.ipynb #90a1f54c
-def _custom_table(path: Path) -> tuple:
-    "A suite from a table of images and labels."
-    rows = _labelled_rows(path)
-    classes = sorted(set(rows.label[rows["set"] == "train"]))
-    if not classes or "id-test" not in set(rows["set"]):
-        raise DataError(f"{path} has sets {sorted(set(rows['set']))}; train and id-test are needed")
-    index = {name: i for i, name in enumerate(classes)}
-    parts = {}
-    for name, part in rows.groupby("set"):
-        labels = np.array([index.get(label, -1) for label in part.label], np.int64)
-        parts[name] = LabelledSet(FileSource(list(part.image), own=True), labels)
-    return classes, parts.pop("train"), parts
-
-
-def _custom(path: Path) -> tuple:
-    "A suite of one's own, a folder or a table."
-    return _custom_table(path) if path.is_file() else _custom_folder(path)
+from .images import file_stamp, images_digest
+from .labelled import BENCHMARK_METRICS, SUITES, LabelledSet, build_suite
+from .own_pairs import is_custom, refuse_path, split_custom
+from .own_suites import EXPECTED_SUITE, labelled_rows, own_suite
 
 # %% ../../nbs/datasets/suites.ipynb #c02169fa
 def check_suite(
     suite: str,  # name of a suite
+    more: Sequence[str] = (),  # other names that are allowed
 ) -> None:
     "Raise `ParameterError` for a name that is neither a suite nor NAME=PATH."
     if not is_custom(suite):
-        check_choice("suite", suite, ["emojishift", *SUITES, "or NAME=PATH"])
+        refuse_path("suite", suite, ("emojishift", *SUITES))
+        check_choice("suite", suite, ["emojishift", *SUITES, *more, "or NAME=PATH"])
 
 
 def _read_suite(name: str, root: Path) -> tuple[list[str], LabelledSet, dict[str, LabelledSet]]:
     "Classes, ID training images and sets of a registered or custom suite."
     check_suite(name)
     if is_custom(name):
-        return _custom(Path(name.partition("=")[2]))
+        return own_suite(name)
     return SUITES[name](root)
 
 # %% ../../nbs/datasets/suites.ipynb #74a74d87
@@ -233,13 +164,10 @@ def suite_fingerprint(
     if not is_custom(suite):
         path = _checksum_file(suite, data_folder(root))
         return digest(path.read_text()) if path.is_file() else ""
-    base = Path(suite.partition("=")[2])
+    _, base, image, label = split_custom(suite, EXPECTED_SUITE)
     if base.is_file():
-        rows = _labelled_rows(base)
+        rows = labelled_rows(base, image, label)
         stamps = [file_stamp(path) for path in rows.image]
         return digest([rows.astype(str).to_numpy().tolist(), stamps])
-    if not base.is_dir():
-        expected = "a folder with train, id-test and others, or a table with labels"
-        raise DataError(f"suite {suite} is not there; expected: {expected}")
     files = [path for path in base.rglob("*") if path.is_file()]
     return digest(sorted([str(path.relative_to(base)), *file_stamp(path)] for path in files))

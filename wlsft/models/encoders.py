@@ -6,6 +6,7 @@
 __all__ = ['SHIPPED_ENCODERS', 'POOLS', 'is_timm', 'split_encoder', 'load_encoder']
 
 # %% ../../nbs/models/encoders.ipynb #9c5896a3
+import difflib
 import sys
 import types
 import warnings
@@ -15,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..core.params import ParameterError, check_choice
+from ..core.params import ParameterError, check_choice, not_known
 from ..datasets.base import DataError
 from .base import Encoder
 from .image_text import is_image_text, load_image_text
@@ -103,6 +104,10 @@ def _from_hub(name: str) -> Encoder:
     "timm's pretrained `name`, from its cache or the network. Raises `DataError` where there is neither."
     import timm
 
+    architecture, _, tag = name.partition(".")
+    pretrained = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in pretrained:
+        raise not_known("encoder", name, pretrained or [architecture])
     try:
         return cast(Encoder, timm.create_model(name, pretrained=True, num_classes=0))
     except Exception as e:
@@ -114,9 +119,13 @@ def _from_hub(name: str) -> Encoder:
 
 def _unknown_encoder(name: str) -> ParameterError:
     "Lists what is allowed."
+    import timm
+
+    nearest = difflib.get_close_matches(name, [*SHIPPED_ENCODERS, *timm.list_models()], 1)
+    hint = f" (did you mean {nearest[0]}?)" if nearest else ""
     shipped = ", ".join(SHIPPED_ENCODERS)
     return ParameterError(
-        f"encoder = {name!r} is not known; allowed: {shipped}, a timm model such as "
+        f"encoder = {name!r} is not known{hint}; allowed: {shipped}, a timm model such as "
         "vit_base_patch16_224.dino, NAME=FILE, or a model of open_clip such as ViT-B-32/openai"
     )
 

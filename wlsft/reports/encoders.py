@@ -70,6 +70,8 @@ def headline_table(
     columns = list(itertools.product(encoders, sets))
     titles = ["tuned", "alpha", *(f"{encoder}: {name}" for encoder, name in columns), "seeds"]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+    start = with_interval(boot[boot.alpha == 0]).groupby(["encoder", "set"]).value.mean()
+    lines.append(f"| *before* | 0 | {' | '.join(f'{start[column]:.1f}%' for column in columns)} | |")
     for (label, alpha), row in wide[columns].iterrows():
         cells = [label, f"{alpha:g}", *row, ", ".join(seeds.loc[label, encoders])]
         lines.append(f"| {' | '.join(cells)} |")

@@ -83,6 +83,12 @@ def _curve(rows: pd.DataFrame) -> pd.DataFrame:
     order = list(dict.fromkeys(named["set"]))
     return named.pivot(index="alpha", columns="set", values="value")[order].round(1).reset_index()
 
+
+def _folder_of(given: str, name: str, runs: str) -> Path:
+    "Where rows of a run go: its folder if a path was given, else the folder of its name."
+    path = Path(given)
+    return path if given and (path / "run.json").is_file() else runs_folder(runs) / name
+
 # %% ../../nbs/study/cli.ipynb #299c4d89
 def _sweep(args: argparse.Namespace) -> None:
     p = resolve_sweep(_given(args) | (dict(suite=args.suite) if args.suite else {}))
@@ -91,7 +97,7 @@ def _sweep(args: argparse.Namespace) -> None:
     ends = (args.start, args.end)
     run = run_to_sweep(args.run, ends, p, args.runs, args.data)
     run.encoder.to(get_device(args.device))
-    out = Path(args.out) if args.out else runs_folder(args.runs) / run.name / f"rows-{name}.parquet"
+    out = Path(args.out) if args.out else _folder_of(args.run, run.name, args.runs) / f"rows-{name}.parquet"
     alphas = [step / p["alpha_steps"] for step in range(p["alpha_steps"] + 1)]
     own = ("suite", "alpha_steps", "stride", "unreadable", "epoch", "after", "with_seed")
     options = {key: value for key, value in p.items() if key not in own}  # of `alpha_sweep`

@@ -7,6 +7,7 @@ __all__ = ['notebook_parameters', 'parse_value', 'run_notebook']
 
 # %% ../../nbs/study/notebooks.ipynb #b201cbf5
 import ast
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,12 @@ def notebook_parameters(
 def parse_value(
     text: str,  # as typed
 ) -> Any:
-    "A Python literal (`1e-5`, `[0, 1]`), else YAML's true, false and null, else the text itself."
+    "A Python literal (`1e-5`, `[0, 1]`), else true, false, null, nan or inf, else the text itself."
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return {"true": True, "false": False, "null": None}.get(text, text)
+        others = {"true": True, "false": False, "null": None, "nan": math.nan, "inf": math.inf}
+        return others.get(text.lower(), text)
 
 # %% ../../nbs/study/notebooks.ipynb #7b32d433
 def run_notebook(

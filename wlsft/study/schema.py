@@ -125,6 +125,9 @@ def resolve(
             raise not_known("parameter", name, known, f"{method} with {known['adapter']}")
     resolved = known | check_parameters(params, known)
     check_values(resolved)
+    if 0 < resolved.get("n_pairs", 0) < resolved.get("batch_size", 0):
+        limit = f"it may be n_pairs = {resolved['n_pairs']} at most"
+        raise ParameterError(f"batch_size = {resolved['batch_size']} is more than there are images; {limit}")
     made = make_method(resolved)
     _check_source(resolved, made)
     adapter = make_adapter(resolved)

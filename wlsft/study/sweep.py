@@ -44,7 +44,7 @@ from ..models.sources import load_pairs_for
 
 # %% ../../nbs/study/sweep.ipynb #5dc45277
 _SWEEP: dict[str, tuple[Any, str]] = dict(
-    suite=("", "empty: the run's own, see `suite_of`"),
+    suite=("", "empty: the run's own; held-out: the texts kept from training; a suite, or NAME=PATH"),
     alpha_steps=(10, "alpha goes from 0 to 1 in this many steps"),
     stride=(1, "every n-th query by every n-th image of the bank, for a quick look; 1: all"),
     all_banks=(False, "at alpha 0 and 1, also the seen concepts and all banks"),
@@ -76,7 +76,7 @@ def resolve_sweep(
     check_choice("unreadable", p["unreadable"], ("refuse", "skip"))
     check_after(p)
     if p["suite"] and p["suite"] != HELD_OUT:
-        check_suite(p["suite"])
+        check_suite(p["suite"], (HELD_OUT,))
     return p
 
 # %% ../../nbs/study/sweep.ipynb #c6185de6
