@@ -7,6 +7,8 @@ __all__ = ['RANGES', 'ParameterError', 'not_known', 'check_choice', 'check_range
            'check_writable', 'check_values']
 
 # %% ../../nbs/core/params.ipynb #fec56cac
+import ast
+import builtins
 import difflib
 import os
 from collections.abc import Iterable
@@ -159,9 +161,32 @@ def check_writable(
     return path
 
 # %% ../../nbs/core/params.ipynb #570c753d
+def _annotated(source: str) -> dict[str, Any]:
+    "Annotated names of a cell, with the built-in type where it is one."
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:
+        return {}
+    found: dict[str, Any] = {}
+    for node in statements:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[node.target.id] = getattr(builtins, ast.unparse(node.annotation), None)
+    return found
+
+
+def _annotations(values: dict[str, Any]) -> dict[str, Any]:
+    "Name -> type of a notebook's `globals()`."
+    if "__annotate__" not in values:
+        return values.get("__annotations__", {})
+    found: dict[str, Any] = {}
+    for source in values.get("In", []):  # kept by IPython
+        found |= _annotated(source)
+    return found
+
+
 def _check_names(values: dict[str, Any], annotations: dict[str, Any]) -> None:
     "Raises `ParameterError` for a plain value without an annotation, as papermill sets an unknown name."
-    if not annotations or "__annotate__" in values:  # Python 3.14 keeps the last statement's
+    if not annotations:
         return
     for name, value in values.items():
         is_parameter = name.islower() and name[0] != "_" and isinstance(value, (bool, int, float, str, list))
@@ -173,7 +198,7 @@ def check_values(
     values: dict[str, Any],  # parameters, perhaps among other names, such as a notebook's `globals()`
 ) -> None:
     "Check names and types (by annotation), ranges (`RANGES`), targets. Raises the first `ParameterError`."
-    annotations = values.get("__annotations__", {})
+    annotations = _annotations(values)
     _check_names(values, annotations)
     kinds = {name: t for name, t in annotations.items() if isinstance(t, type) and name in values}
     given = {name: values[name] for name in kinds}
