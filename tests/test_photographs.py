@@ -216,7 +216,7 @@ def dry_run(*config):
 
 
 def test_the_graph(data, tmp_path):
-    everywhere = f"{{encoder: 'test_vit={data / 'dino.pth'}', n_pairs: 24}}"
+    everywhere = f"{{encoder: 'test_vit={data / 'dino.pth'}', n_pairs: 24, batch_size: 8}}"
     places = (f"data={data}", f"runs={tmp_path}")
     code, output = dry_run("study=coco10k", *places, "processes=2", f"set={everywhere}")
     assert code == 0, output[-2000:]

@@ -178,7 +178,8 @@ def _annotations(values: dict[str, Any]) -> dict[str, Any]:
     "Name -> type of a notebook's `globals()`."
     if "__annotate__" not in values:
         return values.get("__annotations__", {})
-    found: dict[str, Any] = {}
+    annotate = values["__annotate__"]  # of the last statement that ran by itself, or of a whole cell
+    found: dict[str, Any] = annotate(1) if callable(annotate) else {}
     for source in values.get("In", []):  # kept by IPython
         found |= _annotated(source)
     return found
