@@ -174,21 +174,19 @@ def _annotated(source: str) -> dict[str, Any]:
     return found
 
 
-def _annotations(values: dict[str, Any]) -> dict[str, Any]:
-    "Name -> type of a notebook's `globals()`."
+def _annotations(values: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    "Name -> type of a notebook's `globals()`, and whether these are all names."
     if "__annotate__" not in values:
-        return values.get("__annotations__", {})
-    annotate = values["__annotate__"]  # of the last statement that ran by itself, or of a whole cell
-    found: dict[str, Any] = annotate(1) if callable(annotate) else {}
+        return values.get("__annotations__", {}), True
+    found: dict[str, Any] = {}
     for source in values.get("In", []):  # kept by IPython
         found |= _annotated(source)
-    return found
+    annotate = values["__annotate__"]  # of the last statement that ran by itself, or of a whole cell
+    return (found, True) if found else (annotate(1), False)
 
 
 def _check_names(values: dict[str, Any], annotations: dict[str, Any]) -> None:
     "Raises `ParameterError` for a plain value without an annotation, as papermill sets an unknown name."
-    if not annotations:
-        return
     for name, value in values.items():
         is_parameter = name.islower() and name[0] != "_" and isinstance(value, (bool, int, float, str, list))
         if is_parameter and name not in annotations:
@@ -199,8 +197,9 @@ def check_values(
     values: dict[str, Any],  # parameters, perhaps among other names, such as a notebook's `globals()`
 ) -> None:
     "Check names and types (by annotation), ranges (`RANGES`), targets. Raises the first `ParameterError`."
-    annotations = _annotations(values)
-    _check_names(values, annotations)
+    annotations, complete = _annotations(values)
+    if annotations and complete:
+        _check_names(values, annotations)
     kinds = {name: t for name, t in annotations.items() if isinstance(t, type) and name in values}
     given = {name: values[name] for name in kinds}
     check_parameters(given, {name: kind() for name, kind in kinds.items()})
