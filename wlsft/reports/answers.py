@@ -219,6 +219,7 @@ def figure_contrasts(
             ax.plot(part.value, part.index, "o", color=color, mfc=color if clear else "white", ms=3)
         ax.axvline(0, color="0.7", lw=0.7, zorder=0)
         ax.set(title=title, yticks=[], ylim=(-1, len(table)))
-    for ax in axes[-1]:
+    for ax in axes.flat[max(0, len(groups) - columns) : len(groups)]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
         ax.set_xlabel("difference (points)")
     return fig
