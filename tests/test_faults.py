@@ -66,7 +66,7 @@ FILM = "WLSFT with film; allowed: method, adapter, encoder, corpus, "
         (dict(epochs=0), "epochs = 0 is not allowed"),
         (dict(epochs=1.5), "epochs = 1.5 is a float; it must be a int"),
         (dict(lr=-1.0), "lr = -1.0 is not allowed"),
-        (dict(corpus="cc20k-typo"), "corpus = 'cc20k-typo' is not known (did you mean "),
+        (dict(corpus="cc20k-typo"), "corpus = 'cc20k-typo' is not known (did you mean cc20k?); allowed: "),
         (dict(adapter="token-replay", memory_source="learned", consistency=1.0), "consistency = 1.0 needs"),
     ],
 )

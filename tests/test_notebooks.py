@@ -84,7 +84,12 @@ def test_a_notebook(path, tmp_path):
     "chapter, name, value, message",
     [
         ("01_adapters", "encoder", "vit_enormous", "encoder = 'vit_enormous' is not known"),
-        ("00_data", "corpus", "emojishift-poems", "corpus = 'emojishift-poems' is not known (did you mean "),
+        (
+            "00_data",
+            "corpus",
+            "emojishift-poems",
+            "corpus = 'emojishift-poems' is not known (did you mean emojishift-prompts?)",
+        ),
     ],
 )
 def test_a_chapter_refuses_a_wrong_value(chapter, name, value, message, tmp_path, capfd):

@@ -38,7 +38,10 @@ def _custom_folder(folder: Path) -> tuple:
     return [name.replace("_", " ") for name in label], bank, parts
 
 # %% ../../nbs/datasets/own_suites.ipynb #bebb3d6e
-EXPECTED_SUITE = "a table of images and labels, a folder of class folders, or train/CLASS/ and id-test/CLASS/"
+EXPECTED_SUITE = (
+    "a table of images and labels, a folder of class folders, "
+    "or folders of sets: train/CLASS/, id-test/CLASS/ and an OOD set"
+)
 _LABELS = ("label", "class", "category", "labels")
 _SETS = ("split", "set", "subset")
 _SAME = {"test": "id-test", "val": "id-val", "valid": "id-val", "validation": "id-val", "training": "train"}
@@ -61,7 +64,7 @@ def _every_fifth(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
     "Every fifth image of a class is `id-test`, the others are `train`."
     fifth = rows.groupby("label").cumcount() % 5 == 4
     if not fifth.any():
-        hint = "say which are id-test in a column `split`, or in folders train/CLASS/ and id-test/CLASS/"
+        hint = "a table with a column `split` says which are id-test"
         raise DataError(f"{path}: no class has five images, so none is left to test; {hint}")
     counts = f"{fifth.sum()} are id-test (every fifth of a class), {(~fifth).sum()} are searched"
     announce(path.name, [f"of {len(rows)} images {counts}"], [])
@@ -97,7 +100,7 @@ def labelled_rows(
 
 # %% ../../nbs/datasets/own_suites.ipynb #9ff03b75
 def _class_rows(folder: Path) -> pd.DataFrame:
-    "As `_labelled_rows`, of a folder of class folders."
+    "As `labelled_rows`, of a folder of class folders."
     announce(folder.name, not_read(folder), [])
     kept = []
     for name, files in class_files(folder).items():

@@ -6,7 +6,6 @@
 __all__ = ['SHIPPED_ENCODERS', 'POOLS', 'is_timm', 'split_encoder', 'load_encoder']
 
 # %% ../../nbs/models/encoders.ipynb #9c5896a3
-import difflib
 import sys
 import types
 import warnings
@@ -16,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..core.params import ParameterError, check_choice, not_known
+from ..core.params import ParameterError, check_choice, did_you_mean, not_known
 from ..datasets.base import DataError
 from .base import Encoder
 from .image_text import is_image_text, load_image_text
@@ -121,8 +120,7 @@ def _unknown_encoder(name: str) -> ParameterError:
     "Lists what is allowed."
     import timm
 
-    nearest = difflib.get_close_matches(name, [*SHIPPED_ENCODERS, *timm.list_models()], 1)
-    hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+    hint = did_you_mean(name, [*SHIPPED_ENCODERS, *timm.list_models()])
     shipped = ", ".join(SHIPPED_ENCODERS)
     return ParameterError(
         f"encoder = {name!r} is not known{hint}; allowed: {shipped}, a timm model such as "

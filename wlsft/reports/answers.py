@@ -160,7 +160,7 @@ CONTROLS = {  # label of a control -> what its pairs have in place of the keywor
 
 # %% ../../nbs/reports/answers.ipynb #13562eb2
 def _words(gaps: pd.DataFrame) -> str:
-    "Keywords minus every control, OOD."
+    "Keywords minus each control of the texts, OOD."
     part = gaps[(gaps["set"] == "OOD") & ~gaps.variant.str.contains(" pairs|jitter|direction")]
     names = part.label.str.removeprefix("full fine-tuning, ").replace(CONTROLS)
     return "; ".join(f"{name} {format_interval(row, False)}" for name, row in zip(names, part.itertuples()))
@@ -169,6 +169,7 @@ def _words(gaps: pd.DataFrame) -> str:
 def _half_way(tables: Tables) -> list[str]:
     "Interpolation beside its ends, shorter training, lower rates and other ways."
     rate = counted(tables["lowest"], tables["lowest_shown"])
+    others = counted(tables["penalties"].assign(value=-tables["penalties"].value))
     return [
         "- **Is the middle better than both ends?** Half-way, four epochs at the best rate: "
         f"{counted(tables['half_way'])}. Alpha chosen on validation, six epochs at three rates: "
@@ -177,8 +178,8 @@ def _half_way(tables: Tables) -> list[str]:
         f"{counted(tables['stopped'])}. Than a finished run of four: {counted(tables['finished'])}. "
         f"Than the end of a run at the lowest rate: {rate}.",
         "- **Does another way beat interpolation?** Other ways at the same accuracy ID, four epochs of "
-        f"EfficientNet-Lite0: {counted(tables['cost'])}. Half-way weights of `dinov2_small`, at a rate that "
-        f"is too high, beside penalties and means of two seeds: {counted(tables['penalties'])}.",
+        f"EfficientNet-Lite0: {counted(tables['cost'])}. Penalties and means of two seeds, beside half-way "
+        f"weights of `dinov2_small` (study `penalties`): {others}.",
     ]
 
 # %% ../../nbs/reports/answers.ipynb #c4ee6598
@@ -189,8 +190,8 @@ def short_answers(
     "The main questions, answered by differences and counts."
     return [
         *_gain_and_cost(both),
-        "- **Does a frozen encoder do as well?** Full fine-tuning beside four linear maps of the frozen "
-        f"`dinov2_small`: {counted(tables['maps'])}.",
+        "- **Does a frozen encoder do as well?** Full fine-tuning beside linear maps of the frozen "
+        f"`dinov2_small` ({', '.join(dict.fromkeys(tables['maps']['map']))}): {counted(tables['maps'])}.",
         *_half_way(tables),
         "- **Do small adapters do as well?** FiLM, LoRA and token replay beside full fine-tuning, each with "
         f"rate and alpha by cross-validation: {counted(tables['against_full'])}.",

@@ -11,10 +11,11 @@ from typing import Any
 
 from ..adapters import ADAPTERS
 from ..core.params import RANGES
+from ..datasets.training_views import VIEWS
 from ..models.loop import finetune
 from .protocols import PROTOCOLS
 from .schema import all_parameters, parameters
-from .sweep import _SWEEP
+from .sweep import SWEEP_PARAMETERS
 from ..train import METHODS
 
 # %% ../../nbs/study/describe.ipynb #24f1001b
@@ -25,7 +26,7 @@ _LOADED = {
     "corpus": "a pair corpus, or NAME=PATH of a table, a folder with metadata.csv, or a saved data set",
     "n_pairs": "pairs of a corpus on disk; 0: as many as its name says",
     "suite": "whose ID training images and labels; a suite, or NAME=PATH of a folder or table",
-    "views": "of a suite's images: own, crop or imagenet",
+    "views": "of a suite's training images",
     "noise": "share of the images whose texts are shuffled among them",
     "held_out": "share of the texts that are kept from training; a sweep then finds images by them",
     "fold": "of EmojiShift's families, that validates; 0: the usual split",
@@ -46,7 +47,7 @@ def _comments() -> dict[str, str]:
 # %% ../../nbs/study/describe.ipynb #86018f74
 def _choices(name: str) -> str:
     "Names of a registry, or a range."
-    registries: dict[str, Iterable[str]] = {"method": METHODS, "adapter": ADAPTERS}
+    registries: dict[str, Iterable[str]] = {"method": METHODS, "adapter": ADAPTERS, "views": VIEWS}
     if name in registries:
         return " | ".join(registries[name])
     if name in RANGES:
@@ -79,7 +80,7 @@ def describe_parameters() -> str:
 def describe_sweep() -> str:
     "Every parameter of a sweep: name, default, range and comment."
     lines = []
-    for name, (default, comment) in _SWEEP.items():
+    for name, (default, comment) in SWEEP_PARAMETERS.items():
         lines.append(f"  {name} = {default!r}")
         lines.append(f"      {'; '.join(filter(None, [_choices(name), comment]))}")
     return "\n".join(lines)

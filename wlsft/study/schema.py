@@ -28,7 +28,7 @@ from ..flyp import CLIP, FLYP, L2SP, LiT
 from ..lp_ft import FT, LP, LPFT
 from ..models.encoders import SHIPPED_ENCODERS, split_encoder
 from ..models.image_text import is_image_text
-from ..models.loop import finetune
+from ..models.loop import check_batches, finetune
 from ..rivals.adapters import BitFit, LNTune, Locked, LoRA
 from ..rivals.controls import SimCLR, SupCon
 from ..train import METHODS, WLSFT, Method
@@ -125,9 +125,8 @@ def resolve(
             raise not_known("parameter", name, known, f"{method} with {known['adapter']}")
     resolved = known | check_parameters(params, known)
     check_values(resolved)
-    if 0 < resolved.get("n_pairs", 0) < resolved.get("batch_size", 0):
-        limit = f"it may be n_pairs = {resolved['n_pairs']} at most"
-        raise ParameterError(f"batch_size = {resolved['batch_size']} is more than there are images; {limit}")
+    if resolved.get("n_pairs") and resolved.get("batch_size"):
+        check_batches(resolved["batch_size"], resolved["n_pairs"])
     made = make_method(resolved)
     _check_source(resolved, made)
     adapter = make_adapter(resolved)
