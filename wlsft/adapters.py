@@ -44,9 +44,10 @@ class Adapter:
     name: str = ""  # how studies call it
     prefix: str = ""  # in every key that it adds
     variant: str = ""  # for tables
+    folds_linearly: bool = False  # do `fold` and interpolation commute?
 
     def check(self, encoder: Encoder) -> None:
-        "Raises `ParameterError` if it cannot be attached; called before any work."
+        "Raises `ParameterError` if it cannot be attached."
 
     def attach(
         self,
@@ -70,7 +71,7 @@ class Adapter:
         return encoder
 
     def merge(self, encoder: Encoder) -> Encoder:  # `encoder`
-        "After training, make it a change of pretrained weights; by default it stays."
+        "After training, make it a change of pretrained weights, if at all."
         return encoder
 
     def owns(self, key: str) -> bool:
@@ -180,6 +181,7 @@ class FiLM(Adapter):
 
     name = "film"
     prefix = ".film."
+    folds_linearly = True
 
     def __init__(
         self,
@@ -192,7 +194,7 @@ class FiLM(Adapter):
         check_sites(encoder, site_names(encoder, self.blocks))
         if not film_targets(encoder, self.blocks):
             kind = type(encoder).__name__
-            raise ParameterError(f"{kind} cannot be adapted: no norm with a scale and a shift at its sites")
+            raise ParameterError(f"{kind} cannot be adapted: no norm with scale and shift at its sites")
 
     def attach(self, encoder, images=None, seed=0):
         for norm, slot in film_targets(encoder, self.blocks).values():
@@ -205,7 +207,7 @@ class FiLM(Adapter):
 
     @torch.no_grad()
     def fold(self, encoder):
-        "Multiply every FiLM into the affine of its norm and take it out again."
+        "Multiply every FiLM into its norm's affine and take it out."
         for norm, slot in film_targets(encoder).values():
             if not hasattr(slot, "film"):
                 continue

@@ -9,7 +9,7 @@ __all__ = ['unchanged_prefix', 'memoized', 'InterpolatedEncoder', 'chebyshev', '
 # %% ../../nbs/evaluation/alpha_features.ipynb #3ab6a7e9
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from ..datasets.images import ImageFiles
 from ..interpolation import changed_keys, check_same_layout, interpolate
 from ..models.base import Encoder
 from ..models.features import extract_features, extract_features_to
+from ..models.folding import Folding, patched_forward
 
 # %% ../../nbs/evaluation/alpha_features.ipynb #e0663dc2
 def _steps(encoder: nn.Module) -> list[tuple[str, nn.Module]]:  # prefix of tensor names, module
@@ -78,16 +79,9 @@ def _reusing(forward: Callable) -> Callable:
     return forward_or_reuse
 
 
-@contextmanager
-def memoized(modules: Sequence[nn.Module]) -> Iterator[None]:
+def memoized(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
     "Within, each of these modules returns its last output again if its input is the same."
-    try:
-        for module in modules:
-            module.forward = _reusing(module.forward)
-        yield
-    finally:
-        for module in modules:
-            del module.forward
+    return patched_forward(modules, lambda module: _reusing(module.forward))
 
 # %% ../../nbs/evaluation/alpha_features.ipynb #9a181aa5
 _KEEP_BYTES = 1e9  # interpolated weights up to this size are kept; larger ones are made for every batch
@@ -127,30 +121,34 @@ class InterpolatedEncoder(Encoder):
         for i, key in enumerate(self.changed):
             self.register_buffer(f"end_{i}", theta_1[key].to(theta_0[key].device))
         values = torch.tensor(self.alphas, dtype=torch.float64, device="cpu")
-        self.register_buffer("alpha_values", values)  # part of the weights' digest
+        self.register_buffer("alpha_values", values)  # for digests
         self.prefix = unchanged_prefix(encoder, self.changed)
+        self.folding = Folding(encoder, self.changed)
         self.kept = _small_enough(self)
         self.train(encoder.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        "Normalised pixels `(N, 3, H, W)` to features `(A, N, D)`."
+        "Normalised pixels `(N, 3, H, W)` to features `(A, N, D)`, in evaluation mode."
         weights = self.kept or _mixed_weights(self)
-        with memoized(self.prefix):
+        with self.folding.without_norms(), memoized(self.prefix):
             return torch.stack([functional_call(self.encoder, theta, (x,)) for theta in weights])
 
 # %% ../../nbs/evaluation/alpha_features.ipynb #9a64bfd7
 def _mixed_weights(many: InterpolatedEncoder) -> Iterator[dict[str, torch.Tensor]]:
-    "The changed tensors at each alpha."
+    "The changed tensors at each alpha, with BatchNorms folded into the convolutions before them."
     theta_0 = many.encoder.state_dict()
     start = {key: theta_0[key].clone() for key in many.changed}
     end = {key: many.get_buffer(f"end_{i}") for i, key in enumerate(many.changed)}
-    return (interpolate(start, end, alpha) for alpha in many.alphas)
+    for alpha in many.alphas:
+        mixed = interpolate(start, end, alpha)
+        yield {**mixed, **many.folding.weights({**theta_0, **mixed})}
 
 
 def _small_enough(many: InterpolatedEncoder) -> list[dict[str, torch.Tensor]] | None:
     "The changed tensors at all alphas, or None if they are too large to be kept."
     theta_0 = many.encoder.state_dict()
-    size = len(many.alphas) * sum(theta_0[key].nbytes for key in many.changed)
+    kept = {*many.changed, *(f"{conv}.weight" for conv in many.folding.changing.values())}
+    size = len(many.alphas) * sum(theta_0[key].nbytes for key in kept)
     device = next(many.encoder.parameters()).device
     if device.type == "cuda":
         room = _KEEP_SHARE * torch.cuda.mem_get_info(device)[0]

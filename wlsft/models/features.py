@@ -25,6 +25,7 @@ from ..datasets.base import DataError
 from ..datasets.images import ImageFiles, image_batches, images_digest
 from ..datasets.readable import check_readable
 from .base import Encoder, preprocess
+from .folding import folded
 
 # %% ../../nbs/models/features.ipynb #c8e5e3e0
 @torch.no_grad()
@@ -36,12 +37,13 @@ def _feature_batches(
     device = next(encoder.parameters()).device
     encoder.eval()
     try:
+        forward = folded(encoder)
         batches = image_batches(images, batch_size, workers)
         for batch in progress(batches, "features", size=len, total=len(images), unit="image"):
             x = preprocess(encoder, batch.to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16) if bf16 else _Linear():
-                y = encoder(x)
+                y = forward(x)
             yield y.float().cpu()
     finally:
         encoder.train(was_training)

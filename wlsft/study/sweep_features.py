@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..core.distributed import rank_and_world
 from ..core.files import is_locked
@@ -21,6 +22,7 @@ from ..evaluation.alpha_features import alpha_features
 from ..knn_eval import required_rows, unseen_sets
 from ..models.base import Encoder
 from ..models.features import extract_features_to
+from .export import encoder_at
 from .runs import Run
 
 # %% ../../nbs/study/sweep_features.ipynb #f8bc8514
@@ -58,12 +60,22 @@ def _end_first(path: Path) -> bool:
     alone = rank_and_world()[1] == 1  # the processes of one job keep to one order
     return alone and not path.is_file() and is_locked(path.with_name(f".{path.name}.lock"))
 
+# %% ../../nbs/study/sweep_features.ipynb #ff43bc5b
+def _folded_ends(run: Run) -> tuple[Encoder, dict[str, torch.Tensor]]:
+    "The encoder at `theta_0` and the fine-tuned weights, for CNNs with what folds linearly folded in."
+    run.encoder.load_state_dict(run.theta_0)
+    cnn = any(isinstance(module, nn.BatchNorm2d) for module in run.encoder.modules())
+    if not (cnn and run.adapter.folds_linearly):
+        return run.encoder, run.theta_1
+    return encoder_at(run, 0.0), encoder_at(run, 1.0).state_dict()
+
 # %% ../../nbs/study/sweep_features.ipynb #f6d8cb05
 def _embed_apart(
     plan: SweepPlan, alphas: list[float], images, rows: torch.Tensor, path: Path, **embedding: Any
 ) -> list[torch.Tensor]:
     "Features at alpha = 0, which the first run of an encoder computes for all, and at the other alphas."
-    encoder, bf16 = plan.run.encoder, embedding.get("bf16", False)
+    bf16 = embedding.get("bf16", False)
+    encoder, theta_1 = _folded_ends(plan.run)
     shared = _pretrained_path(plan, rows, path.parent, bf16)
     later = [alpha for alpha in alphas if alpha]
 
@@ -71,7 +83,7 @@ def _embed_apart(
         return extract_features_to(encoder, images, shared, bf16=bf16)
 
     def rest():
-        return alpha_features(encoder, plan.run.theta_1, later, images, path=path, **embedding)
+        return alpha_features(encoder, theta_1, later, images, path=path, **embedding)
 
     if not later:
         return [start() for _ in alphas]
@@ -85,10 +97,9 @@ def _embed_apart(
 def _embed(plan: SweepPlan, alphas: list[float], rows: torch.Tensor, path: Path | None, **embedding: Any):
     "Features of some images at every alpha."
     run, images = plan.run, plan.suite.images[rows]
-    run.encoder.load_state_dict(run.theta_0)
     if path and 0.0 in alphas and not embedding.get("max_feature_error"):
         return _embed_apart(plan, alphas, images, rows, path, **embedding)
-    found = alpha_features(run.encoder, run.theta_1, alphas, images, path=path, **embedding)
+    found = alpha_features(*_folded_ends(run), alphas, images, path=path, **embedding)
     if embedding.get("max_feature_error"):
         computed = f"{len(found.values)} of {len(alphas)} alphas computed"
         print(f"{run.name}: {computed}; between them, features are off by {found.error:.2%}")
