@@ -67,7 +67,7 @@ class Adapter:
         return self.attach(encoder)
 
     def fold(self, encoder: Encoder) -> Encoder:
-        "Put it into pretrained weights where that is exact; by default nothing."
+        "Put it into pretrained weights where that is exact."
         return encoder
 
     def merge(self, encoder: Encoder) -> Encoder:  # `encoder`
@@ -177,7 +177,7 @@ def _remove_film(slot: Any) -> None:
 # %% ../nbs/01_adapters.ipynb #789f5774
 @register_adapter
 class FiLM(Adapter):
-    "A scale and a shift after every norm of the chosen blocks; folds into the norms."
+    "Scale and shift after every norm of the chosen blocks; folds into the norms."
 
     name = "film"
     prefix = ".film."
@@ -207,7 +207,7 @@ class FiLM(Adapter):
 
     @torch.no_grad()
     def fold(self, encoder):
-        "Multiply every FiLM into its norm's affine and take it out."
+        "Multiply every FiLM into its norm's affine and remove it."
         for norm, slot in film_targets(encoder).values():
             if not hasattr(slot, "film"):
                 continue

@@ -121,7 +121,7 @@ class InterpolatedEncoder(Encoder):
         for i, key in enumerate(self.changed):
             self.register_buffer(f"end_{i}", theta_1[key].to(theta_0[key].device))
         values = torch.tensor(self.alphas, dtype=torch.float64, device="cpu")
-        self.register_buffer("alpha_values", values)  # for digests
+        self.register_buffer("alpha_values", values)
         self.prefix = unchanged_prefix(encoder, self.changed)
         self.folding = Folding(encoder, self.changed)
         self.kept = _small_enough(self)
