@@ -37,7 +37,7 @@ def wlsft(*args):
     [
         ("alhpa", 0.9, "parameter = 'alhpa' is not known (did you mean alpha?); allowed: alpha, "),
         ("alpha", "half", "alpha = 'half' is a str; it must be a float"),
-        ("k", 2.5, "k = 2.5 is a float; it must be a int"),
+        ("k", 2.5, "k = 2.5 is a float; it must be an int"),
         ("alpha", 1.7, "alpha = 1.7 is not allowed; it must be a number from 0 to 1"),
     ],
 )
@@ -64,7 +64,7 @@ FILM = "WLSFT with film; allowed: method, adapter, encoder, corpus, "
             "adapter = 'flim' is not known (did you mean film?); allowed: full, film, token-replay",
         ),
         (dict(epochs=0), "epochs = 0 is not allowed"),
-        (dict(epochs=1.5), "epochs = 1.5 is a float; it must be a int"),
+        (dict(epochs=1.5), "epochs = 1.5 is a float; it must be an int"),
         (dict(lr=-1.0), "lr = -1.0 is not allowed"),
         (dict(corpus="cc20k-typo"), "corpus = 'cc20k-typo' is not known (did you mean cc20k?); allowed: "),
         (dict(adapter="token-replay", memory_source="learned", consistency=1.0), "consistency = 1.0 needs"),

@@ -69,6 +69,12 @@ def check_range(
     return value
 
 # %% ../../nbs/core/params.ipynb #ddb9fd8b
+def _a(value: Any) -> str:
+    "The type of a value with its article."
+    kind = type(value).__name__
+    return f"an {kind}" if kind == "int" else f"a {kind}"
+
+
 def fill_defaults(
     given: dict[str, Any],  # what the caller sets
     defaults: dict[str, Any],  # every parameter there is
@@ -91,7 +97,7 @@ def check_parameters(
         if isinstance(default, float) and type(value) is int:
             value = float(value)
         if default is not None and type(value) is not type(default):
-            kinds = f"is a {type(value).__name__}; it must be a {type(default).__name__}"
+            kinds = f"is {_a(value)}; it must be {_a(default)}"
             raise ParameterError(f"{name} = {value!r} {kinds} such as {default!r}")
         checked[name] = value
     return checked

@@ -101,7 +101,7 @@ def _on_images(encoder: Encoder, keys: Sequence[str]) -> list[str]:
 
 # %% ../../nbs/evaluation/alpha_features.ipynb #fabb247a
 class InterpolatedEncoder(Encoder):
-    "An encoder at many alphas at once."
+    "An encoder at many alphas."
 
     def __init__(
         self,

@@ -25,14 +25,16 @@ from .sweep import alpha_sweep, resolve_sweep, suite_of
 
 # %% ../../nbs/study/api.ipynb #e03fba5e
 def finetune(
+    encoder: str = "",  # see `load_encoder`; empty: the default
     *,
     runs: str | Path = "",  # where runs are kept; empty: `runs/`
     data: str | Path = "",  # see `data_folder`
     device: str = "",  # cpu, cuda, cuda:1; empty: a GPU if there is one
     report: str = "",  # csv, tensorboard, trackio or wandb: watch its steps; csv+knn: k-NN too
-    **params: Any,  # encoder, corpus, adapter, epochs, lr, ...: what `wlsft train --help` lists
+    **params: Any,  # corpus, adapter, epochs, lr, ...: what `wlsft train --help` lists
 ) -> Run:
     "Tune an encoder on images with text, or load the run if it is there. Raises as `train_run`."
+    params |= dict(encoder=encoder) if encoder else {}
     folder = train_run(with_protocol(params), runs=runs, root=data, device=device, report=report)
     return load_run(folder, runs, data)
 
