@@ -19,32 +19,47 @@ from .labelled import LabelledSet, image_folder
 from .own_pairs import announce, split_custom
 from .own_tables import image_column_of, read_own_table, safe_join
 
+# %% ../../nbs/datasets/own_suites.ipynb #4e13a6bc
+_SAME = {"test": "id-test", "val": "id-val", "valid": "id-val", "validation": "id-val", "training": "train"}
+
+
+def _set_folders(folder: Path) -> dict[str, Path]:  # name of a set -> its folder, of the sets that are there
+    "Usual names of sets stand for ours, and that is said."
+    found: dict[str, Path] = {}
+    notes = []
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir() or path.name.startswith("."):
+            continue
+        name = _SAME.get(path.name, path.name)
+        if name != path.name:
+            notes.append(f"{path.name} is {name}")
+        if name in found:
+            raise DataError(f"{folder} has {found[name].name} and {path.name}; both would be {name}")
+        found[name] = path
+    announce(folder.name, notes, [])
+    return found
+
 # %% ../../nbs/datasets/own_suites.ipynb #82843623
 def _custom_folder(folder: Path) -> tuple:
-    "A suite of one's own: `train`, `id-test`, perhaps `id-val`, OOD sets, each a folder of class folders."
+    "A suite of one's own: `train`, `id-test`, perhaps `id-val` and OOD sets, each a folder of class folders."
     announce(folder.name, not_read(folder), [])
-    label = {name: i for i, name in enumerate(class_files(folder / "train"))}
-    parts = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and path.name != "train" and not path.name.startswith("."):
-            parts[path.name] = image_folder(path, label, own=True)
-    has_ood = any(not s.startswith("id-") for s in parts)
-    if "id-test" not in parts or not has_ood:
+    found = _set_folders(folder)
+    if not {"train", "id-test"} <= set(found):
         raise DataError(
-            f"{folder} has {sorted(parts) or 'no sets'} beside train; "
-            f"expected: {folder}/id-test/CLASS/*.jpg and at least one more folder, out of distribution"
+            f"{folder} has the sets {sorted(found)}; train/CLASS/*.jpg and id-test/CLASS/*.jpg are needed, "
+            "and every other folder is out of distribution"
         )
-    bank = image_folder(folder / "train", label, own=True)
-    return [name.replace("_", " ") for name in label], bank, parts
+    label = {name: i for i, name in enumerate(class_files(found["train"]))}
+    parts = {name: image_folder(path, label, own=True) for name, path in found.items()}
+    return [name.replace("_", " ") for name in label], parts.pop("train"), parts
 
 # %% ../../nbs/datasets/own_suites.ipynb #bebb3d6e
 EXPECTED_SUITE = (
     "a table of images and labels, a folder of class folders, "
-    "or folders of sets: train/CLASS/, id-test/CLASS/ and an OOD set"
+    "or folders of sets: train/CLASS/, id-test/CLASS/ and OOD sets"
 )
 _LABELS = ("label", "class", "category", "labels")
 _SETS = ("split", "set", "subset")
-_SAME = {"test": "id-test", "val": "id-val", "valid": "id-val", "validation": "id-val", "training": "train"}
 
 
 def _column(table: pd.DataFrame, names: tuple[str, ...]) -> str | None:
@@ -128,6 +143,6 @@ def own_suite(
     _, path, image, label = split_custom(name, EXPECTED_SUITE)
     if path.is_file():
         return _suite_of_rows(labelled_rows(path, image, label), path)
-    if (path / "train").is_dir() or (path / "id-test").is_dir():
+    if any((path / part).is_dir() for part in ("train", "training", "id-test", "test")):
         return _custom_folder(path)
     return _suite_of_rows(_class_rows(path), path)
