@@ -7,7 +7,6 @@ evening), GUIDED how many that follow coverage.
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import tarfile
@@ -23,6 +22,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
+from wlsft.core.device import peak_memory_mb
 from wlsft.core.params import ParameterError
 from wlsft.datasets.base import DataError, data_folder
 from wlsft.datasets.own_tables import table_pairs
@@ -209,7 +209,7 @@ def damaged(raw, steps):
 def test_damaged_files_are_read_or_refused(reader, tmp_path):
     read, sound = READERS[reader]
     raw = sound(tmp_path)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_mb()
 
     @settings(
         max_examples=FUZZ,
@@ -229,7 +229,7 @@ def test_damaged_files_are_read_or_refused(reader, tmp_path):
         assert time.time() - start < 10
 
     feed()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # kilobytes
+    assert peak_memory_mb() - before < 1500
 
 
 GUIDE = """

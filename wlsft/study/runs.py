@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..adapters import Adapter
-from ..core.device import get_device
+from ..core.device import get_device, peak_memory_mb
 from ..core.distributed import rank_and_world, run_once
 from ..core.files import atomic_write, write_json
 from ..core.hashing import file_sha256, weights_digest
@@ -120,16 +120,6 @@ def _train(p: dict[str, Any], folder: Path, root: str | Path, device: torch.devi
         save_run(folder, (theta_0, theta_1), info, adapter, (head_0, clone_state(task.head)))
 
 # %% ../../nbs/study/runs.ipynb #cea7668c
-def _peak_memory_mb() -> int:
-    "0 on Windows."
-    try:
-        import resource
-    except ModuleNotFoundError:
-        return 0
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
-
-
 def _provenance(encoder: nn.Module, params: dict[str, Any], root: str | Path) -> dict[str, Any]:
     "Code, data, versions, number of weights trained and peak memory of this process, for `run.json`."
     import open_clip
@@ -145,7 +135,7 @@ def _provenance(encoder: nn.Module, params: dict[str, Any], root: str | Path) ->
         git=git,
         trained=sum(p.numel() for p in encoder.parameters() if p.requires_grad),
         versions=versions,
-        peak_memory_mb=_peak_memory_mb(),
+        peak_memory_mb=peak_memory_mb(),
     )
 
 # %% ../../nbs/study/runs.ipynb #75a36d60
