@@ -31,13 +31,22 @@ SMALLER = {  # notebook -> parameters under test; REQUIRE_DEFAULTS=1 leaves them
 
 @pytest.fixture(scope="module", autouse=True)
 def libraries():
-    "Imported once a worker: a forked process has them."
+    "Imported and read once a worker: a forked process has them."
+    import IPython.core.completer  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
+    import matplotlib_inline.backend_inline  # noqa: F401
     import open_clip  # noqa: F401
     import papermill  # noqa: F401
+    import PIL.Image
     import seaborn  # noqa: F401
+    import sklearn.linear_model  # noqa: F401
     import timm  # noqa: F401
+    import transformers.models.bert.modeling_bert  # noqa: F401
     import wlsft.study.cli  # noqa: F401
+    from wlsft.datasets.emojishift import load_emojishift
+
+    PIL.Image.init()  # its plugins
+    load_emojishift()
 
 
 def name_of(path):

@@ -64,8 +64,9 @@ def load_dinov2_small(
     root: str | Path = "",  # see `data_folder`
 ) -> Encoder:
     "The shipped ViT-S/14 at 70 pixels."
-    model = dinov2_architecture()
-    model.load_state_dict(read_shipped("dinov2_small", root))
+    with torch.device("meta"):  # without random weights, which take half of the time
+        model = dinov2_architecture()
+    model.load_state_dict(read_shipped("dinov2_small", root), assign=True)
     return resize_input(model, 70)
 
 # %% ../../nbs/models/shipped.ipynb #bf538b59
