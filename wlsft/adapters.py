@@ -47,7 +47,7 @@ class Adapter:
     folds_linearly: bool = False  # do `fold` and interpolation commute?
 
     def check(self, encoder: Encoder) -> None:
-        "Raises `ParameterError` if it cannot be attached."
+        "Raises `ParameterError` if it cannot be attached; called before any work."
 
     def attach(
         self,
@@ -71,7 +71,7 @@ class Adapter:
         return encoder
 
     def merge(self, encoder: Encoder) -> Encoder:  # `encoder`
-        "After training, make it a change of pretrained weights, if at all."
+        "After training, make it a change of pretrained weights."
         return encoder
 
     def owns(self, key: str) -> bool:

@@ -58,8 +58,8 @@ def _takes_norm(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _candidates(encoder: Encoder, image: torch.Tensor) -> dict[str, str]:
-    "Names of BatchNorms and of the convolutions whose output they are given."
+def _candidates(encoder: Encoder, image: torch.Tensor) -> tuple[torch.Tensor, dict[str, str]]:
+    "Features, and the names of BatchNorms and of the convolutions whose output they are given."
     calls = _Calls()
     handles = []
     for name, module in encoder.named_modules():
@@ -68,11 +68,12 @@ def _candidates(encoder: Encoder, image: torch.Tensor) -> dict[str, str]:
         elif _foldable(module):
             handles.append(module.register_forward_pre_hook(calls.before_norm(name)))
     try:
-        encoder(image)
+        features = encoder(image)
     finally:
         for handle in handles:
             handle.remove()
-    return {norm: conv for norm, conv in calls.pairs.items() if calls.count[norm] == calls.count[conv] == 1}
+    once = {name for name, count in calls.count.items() if count == 1}
+    return features, {norm: conv for norm, conv in calls.pairs.items() if {norm, conv} <= once}
 
 # %% ../../nbs/models/folding.ipynb #90d98bd0
 def fold_norms(
@@ -134,7 +135,7 @@ def conv_norm_pairs(
 ) -> dict[str, str]:  # name of a BatchNorm -> name of the convolution before it
     """The BatchNorms that can be folded in evaluation mode; none if features of a random image would differ.
 
-    Hooks of the encoder see up to three passes of that image. Its mode is put back.
+    Hooks of the encoder see two passes of that image. Its mode is put back.
     """
     if not any(_foldable(module) for module in encoder.modules()):
         return {}
@@ -144,8 +145,7 @@ def conv_norm_pairs(
     image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device)
     encoder.eval()
     try:
-        pairs = _candidates(encoder, image)
-        expected = encoder(image)
+        expected, pairs = _candidates(encoder, image)
         with without_norms(encoder, pairs):
             weights = fold_norms(encoder, encoder.state_dict(), pairs)
             found = functional_call(encoder, weights, (image,))
